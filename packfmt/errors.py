@@ -1,0 +1,37 @@
+"""Every error packfmt raises on purpose.
+
+PackfmtError (ValueError)
+├── LayoutError      a description is no layout, or a shape or dtype does not fit one
+├── PlanError        a recipe asks for what a layout or container cannot hold; nothing was read
+├── ContainerError   a file is not what its header says
+└── MismatchError    two things that must be equal are not
+"""
+
+from __future__ import annotations
+
+
+class PackfmtError(ValueError):
+    """Base class, so that callers can catch one thing."""
+
+
+class LayoutError(PackfmtError):
+    """A description is no layout, or a shape or dtype does not fit one."""
+
+
+class PlanError(PackfmtError):
+    """A recipe asks for what a layout or container cannot hold."""
+
+
+class ContainerError(PackfmtError):
+    """A file is not what its header says.
+
+    `rule` is the id under which `packfmt validate` reports it (`verify.RULES`).
+    """
+
+    def __init__(self, message: str, rule: str = "PF100") -> None:
+        super().__init__(message)
+        self.rule = rule
+
+
+class MismatchError(PackfmtError):
+    """Two things that must be equal are not."""

@@ -1,0 +1,86 @@
+"""The containers: a module each, which writes and reads it.
+
+A module has
+
+    NAME, SUFFIX
+    refusal(layout, shape)                       why it cannot hold such a tensor, or ""
+    write(path, plan, tensors, extras)           one tensor at a time; `path` appears only when whole
+    open(path, layouts)                          a Source
+
+A container knows names, offsets and bytes. It never looks inside a block and never meets a codec:
+`layouts(container, type name)` tells it which layout a foreign type is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from packfmt.codec import PackedTensor
+from packfmt.errors import PlanError
+from packfmt.layout import Layout
+from packfmt.plan import Plan
+
+NAMES = ("safetensors", "gguf")
+Layouts = Callable[[str, str], Layout | None]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a container's header says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]  # logical, rows first
+    dtype: str  # logical
+    layout: Layout | None  # None: stored in a type that no installed layout describes
+    kind: str  # what the container calls its type
+    file: Path
+    nbytes: int  # stored
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """A GGUF metadata value: its type's name (an array's: "ARRAY:" and its items'), and the value."""
+
+    kind: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a model has beside its tensors, and takes along."""
+
+    config: dict[str, Any] | None = None  # config.json
+    files: Mapping[str, Path] = field(default_factory=dict)  # tokenizer and others: relative name -> file
+    keyvalues: Mapping[str, KeyValue] = field(default_factory=dict)  # of a GGUF
+
+
+class Source(Protocol):
+    """An open container."""
+
+    @property
+    def index(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def extras(self) -> Extras: ...
+    def read(self, name: str) -> PackedTensor:
+        """The tensor, a dense one in a layout of `layout.DENSE`; its checksum is checked where there is one."""
+    def close(self) -> None: ...
+
+
+class Container(Protocol):
+    NAME: str
+    SUFFIX: str
+
+    def refusal(self, layout: Layout, shape: tuple[int, ...]) -> str: ...
+    def write(self, path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras) -> None: ...
+    def open(self, path: Path, layouts: Layouts) -> Source: ...
+
+
+def get(name: str) -> Container:
+    """The container called `name`."""
+    if name not in NAMES:
+        raise PlanError(f"no container is called {name!r}; there are {', '.join(NAMES)}")
+    return cast(Container, import_module(f"{__name__}.{name}"))

@@ -1,0 +1,1 @@
+"""Numba loops. A kernel knows arrays: no layout, no codec, no file."""
