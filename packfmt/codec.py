@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from packfmt import grids, placement
 from packfmt.errors import LayoutError
-from packfmt.layout import Layout, dtype_of
+from packfmt.layout import DENSE, Layout, dtype_of
 
 Array = npt.NDArray[Any]
 Parts = Mapping[str, Array]
@@ -130,7 +130,7 @@ class Codec:
         name = self.layout.name
         if encoder and encoder not in self.encoders:
             raise LayoutError(f"{name}: no encoder is called {encoder!r}; there are {', '.join(self.encoders)}")
-        if not is_float(weight.dtype):
+        if not is_float(weight.dtype.name):
             raise LayoutError(f"{name}: a weight of {weight.dtype}, needs a float dtype")
         quantize = self.encoders[encoder or next(iter(self.encoders))]
         shape = matrix(weight.shape)
@@ -146,6 +146,18 @@ class Codec:
         return PackedTensor(self.layout, weight.shape, components, weight.dtype.name)
 
 
-def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether a dtype is one of NumPy's or ml_dtypes' floats."""
-    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+def is_float(dtype: str) -> bool:
+    """Whether a dtype's name is that of one of NumPy's or ml_dtypes' floats."""
+    return dtype.startswith(("bfloat", "float"))
+
+
+def dense_dtype(layout: Layout) -> str:
+    """The name of a dense layout's dtype, as ml_dtypes or NumPy has it; empty if the layout packs."""
+    if DENSE.get(layout.name) != layout:
+        return ""
+    return dtype_of(layout.components[0].cell[0].dtype).name  # type: ignore[union-attr]
+
+
+def dense_values(tensor: PackedTensor) -> Array:
+    """The numbers of a tensor in a dense layout, in its logical shape, not copied."""
+    return tensor.components["values"].reshape(tensor.shape)

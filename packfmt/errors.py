@@ -4,7 +4,8 @@ PackfmtError (ValueError)
 ├── LayoutError      a description is no layout, or a shape or dtype does not fit one
 ├── PlanError        a recipe asks for what a layout or container cannot hold; nothing was read
 ├── ContainerError   a file is not what its header says
-└── MismatchError    two things that must be equal are not
+├── MismatchError    two things that must be equal are not
+└── MachineError     the disk is too small, a file may not be written, an optional package is missing
 """
 
 from __future__ import annotations
@@ -35,3 +36,7 @@ class ContainerError(PackfmtError):
 
 class MismatchError(PackfmtError):
     """Two things that must be equal are not."""
+
+
+class MachineError(PackfmtError):
+    """The machine lacks what the work needs: disk, permission, an optional package."""

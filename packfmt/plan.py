@@ -1,25 +1,71 @@
-"""Every decision, before the first weight is read."""
+"""Every decision, before the first weight is read.
+
+`make_plan` looks at names, shapes and dtypes only. All refusals happen here, together: what cannot be
+packed, and what the container cannot hold. A plan can be printed, saved as JSON, edited and replayed.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any, Final
 
-from packfmt.layout import Layout
+from packfmt.codec import Codec, dense_dtype, is_float, matrix, why_inexact
+from packfmt.errors import LayoutError, PlanError
+from packfmt.layout import DENSE, Layout
+
+if TYPE_CHECKING:
+    from packfmt.exporters import Container, TensorInfo
+
+VERSION = 1
+KEEP: Final = "keep"  # as a layout in a rule: leave the tensor as it is
+DENSE_AGAIN: Final = "dense"  # as the layout of a recipe: decode whatever is packed
+SMALL = 4096  # weights; a tensor below this stays as it is unless a rule says otherwise
+# A small linear layer that picks experts: rounding it changes which expert runs, and saves nothing.
+ROUTER = re.compile(r"(^|\.)(router|gate|ffn_gate_inp)\.weight$")
+EXPERTS = re.compile(r"expert|_exps\b|moe", re.IGNORECASE)
+RESTORED = ("f64", "f32", "f16", "bf16")  # the dense layouts that decoding gives; others become f32
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor's way: what is read, what becomes of it, what it is called after."""
+    """One tensor's way: what is read, what becomes of it, what it is called after.
+
+    `action` is keep (same bytes), repack (same codes, other bytes), cast (another float dtype),
+    quantise, requantise (decoded first: lossy twice) or decode (to a dense dtype).
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: str  # logical dtype: what the weight was before packing
+    dtype: str  # logical dtype of the result: what the weight was before packing
     before: Layout
     layout: Layout
-    action: str  # keep, repack, cast, quantise
+    action: str
     reason: str  # the rule that chose the layout
     encoder: str = ""
     file: str = ""  # of a container of several files
+
+    @property
+    def exact(self) -> bool:
+        """Whether no number changes."""
+        widens = {("f16", "f32"), ("bf16", "f32"), ("f16", "f64"), ("bf16", "f64"), ("f32", "f64")}
+        if self.action == "decode":
+            return self.layout.name in ("f32", "f64")
+        return self.action in (KEEP, "repack") or (self.before.name, self.layout.name) in widens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result, without streams."""
+        return self.layout.nbytes(*matrix(self.shape))
+
+    @property
+    def working_set(self) -> int:
+        """Bytes held at once: what is read, its float32 form where there is one, codes, and the result."""
+        count = prod(self.shape)
+        floats = 0 if self.action in (KEEP, "repack") else 5 * count
+        return self.before.nbytes(*matrix(self.shape)) + floats + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +75,269 @@ class Plan:
     source: str
     container: str
     steps: tuple[Step, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self.steps)
+
+    @property
+    def working_set(self) -> int:
+        """Bytes of the largest step; a conversion holds one tensor and its result at a time."""
+        return max((s.working_set for s in self.steps), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        steps = [
+            {
+                "name": s.name,
+                "shape": list(s.shape),
+                "dtype": s.dtype,
+                "from": s.before.name,
+                "to": s.layout.name,
+                "id": s.layout.id,
+                "action": s.action,
+                "exact": s.exact,
+                "encoder": s.encoder,
+                "reason": s.reason,
+                "nbytes": s.nbytes,
+                "file": s.file,
+            }
+            for s in self.steps
+        ]
+        sizes = {"nbytes": self.nbytes, "working_set": self.working_set}
+        return {"version": VERSION, "source": self.source, "container": self.container, **sizes, "steps": steps}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the user wants: a layout for the weights, and rules for those that want another.
+
+    `overrides` are (regular expression, layout or "keep"), searched in the tensor's name; later rules win.
+    `fallback` is what tensors get whose columns do not fill the chosen layout's blocks.
+    """
+
+    to: str
+    overrides: tuple[tuple[str, str], ...] = ()
+    fallback: str = ""
+    encoder: str = ""
+    max_shard: int = 5_000_000_000  # bytes of tensors a file, as Hugging Face cuts them; safetensors only
+
+
+def make_plan(
+    source: str,
+    index: Mapping[str, TensorInfo],
+    recipe: Recipe,
+    container: Container,
+    codecs: Callable[[str], Codec],
+) -> Plan:
+    """Decide what becomes of every tensor.
+
+    Raises
+    ------
+    PlanError
+        With a line a reason: which tensors cannot be packed or held, and what would help. Also when a
+        rule matches nothing, or nothing at all would be packed.
+    """
+    rules = [_rule(pattern, to) for pattern, to in recipe.overrides]
+    names = {recipe.to, recipe.fallback, *(to for _, to in rules)} - {KEEP, DENSE_AGAIN, ""}
+    shelf = {name: codecs(name) for name in sorted(names)}
+    if recipe.encoder and recipe.to in shelf and recipe.encoder not in shelf[recipe.to].encoders:
+        have = ", ".join(shelf[recipe.to].encoders)
+        raise PlanError(f"{recipe.to} has no encoder {recipe.encoder!r}; there are {have}")
+    steps: list[Step] = []
+    refused: dict[str, list[str]] = {}  # reason -> tensors
+    for info in index.values():
+        try:
+            steps.append(_step(info, recipe, rules, shelf, index, container))
+        except (PlanError, LayoutError) as error:
+            refused.setdefault(str(error), []).append(info.name)
+    lines = [f"{_some(names)}: {reason}" for reason, names in refused.items()]
+    for pattern, to in rules:
+        if not any(pattern.search(name) for name in index):
+            lines.append(f"--map '{pattern.pattern}={to}' matches no tensor")
+    if lines:
+        raise PlanError("\n".join(lines))
+    if recipe.to in shelf and not any(s.layout == codec.layout for s in steps for codec in shelf.values()):
+        raise PlanError(f"nothing here would become {recipe.to}: {_census(steps)}")
+    return Plan(source, container.NAME, _shards(tuple(steps), recipe.max_shard, container.NAME))
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _census(steps: list[Step]) -> str:
+    reasons = [s.reason for s in steps]
+    return ", ".join(f"{reasons.count(r)} tensors stay ({r})" for r in dict.fromkeys(reasons)) or "there are no tensors"
+
+
+def _rule(pattern: str, to: str) -> tuple[re.Pattern[str], str]:
+    try:
+        return re.compile(pattern), to
+    except re.error as error:
+        raise PlanError(f"--map {pattern!r}: not a regular expression: {error}") from error
+
+
+def _step(
+    info: TensorInfo,
+    recipe: Recipe,
+    rules: list[tuple[re.Pattern[str], str]],
+    shelf: Mapping[str, Codec],
+    index: Mapping[str, TensorInfo],
+    container: Container,
+) -> Step:
+    if info.layout is None:
+        raise PlanError(f"stored as {info.kind}, which no layout of packfmt describes; convert it with the tool that made it")
+    target, reason = _choose(info, recipe, rules)
+    if info.name + "_scale_inv" in index:
+        raise PlanError("has a weight_scale_inv beside it, so its numbers alone are not the weight; not read yet")
+    if target not in (KEEP, DENSE_AGAIN) and not _fits(shelf[target].layout, info.shape):
+        if not recipe.fallback:
+            have, need = matrix(info.shape)[1], shelf[target].layout.block["cols"]
+            raise PlanError(f"{have} columns, {target} needs a multiple of {need}; choose with --fallback LAYOUT or --map")
+        target, reason = recipe.fallback, f"--fallback, as {matrix(info.shape)[1]} columns do not fill {target}"
+    layout = _layout(info, target, shelf)
+    layout.fit(*matrix(info.shape))  # the fallback may not fit either
+    action = _action(info, layout)
+    if action == "requantise":
+        reason += f"; not exact: {why_inexact(info.layout, layout, info.shape)}"
+    if why_not := container.refusal(layout, info.shape):
+        raise PlanError(why_not)
+    encoder = ""
+    if action in ("quantise", "requantise", "cast") and target in shelf:
+        encoders = shelf[target].encoders
+        encoder = recipe.encoder if recipe.encoder in encoders else next(iter(encoders))
+    dtype = dense_dtype(layout) or info.dtype
+    return Step(info.name, info.shape, dtype, info.layout, layout, action, reason, encoder)
+
+
+def _layout(info: TensorInfo, target: str, shelf: Mapping[str, Codec]) -> Layout:
+    assert info.layout is not None
+    if target == KEEP:
+        return info.layout
+    if target == DENSE_AGAIN:
+        return next((DENSE[n] for n in RESTORED if dense_dtype(DENSE[n]) == info.dtype), DENSE["f32"])
+    return shelf[target].layout
+
+
+def _action(info: TensorInfo, layout: Layout) -> str:
+    assert info.layout is not None
+    was_dense, is_dense = dense_dtype(info.layout), dense_dtype(layout)
+    if info.layout == layout:
+        return KEEP
+    if was_dense:
+        return "cast" if is_dense else "quantise"
+    if is_dense:
+        return "decode"
+    return "requantise" if why_inexact(info.layout, layout, info.shape) else "repack"
+
+
+def _choose(info: TensorInfo, recipe: Recipe, rules: list[tuple[re.Pattern[str], str]]) -> tuple[str, str]:
+    """The target and the rule that chose it."""
+    assert info.layout is not None
+    for pattern, to in reversed(rules):
+        if pattern.search(info.name):
+            return to, f"--map '{pattern.pattern}={to}'"
+    dtype = dense_dtype(info.layout)
+    if recipe.to == DENSE_AGAIN:
+        return (KEEP, "dense") if dtype else (DENSE_AGAIN, "packed")
+    if why := stays(info.name, info.shape, dtype) if dtype else "":
+        return KEEP, why
+    return recipe.to, "linear layer or embedding" if dtype else "packed"
+
+
+def stays(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    """Why a dense tensor stays as it is unless a rule says otherwise; empty if it is to be packed.
+
+    Packed are the matrices of linear layers and embeddings, and stacks of them in experts.
+    """
+    if not is_float(dtype):
+        return f"{dtype}, not a float"
+    if len(shape) < 2:
+        return f"{len(shape)}-D: norm, bias or scalar"
+    if len(shape) == 3 and not EXPERTS.search(name):
+        return "3-D, and its name says nothing of experts"
+    if len(shape) > 3:
+        return f"{len(shape)}-D: convolution"
+    if name.endswith("bias"):
+        return "bias"
+    if prod(shape) < SMALL:
+        return f"small: {prod(shape)} weights"
+    if ROUTER.search(name):
+        return "router: picks experts"
+    return ""
+
+
+def _fits(layout: Layout, shape: tuple[int, ...]) -> bool:
+    rows, cols = matrix(shape)
+    return rows % layout.block["rows"] == 0 and cols % layout.block["cols"] == 0
+
+
+def _shards(steps: tuple[Step, ...], most: int, container: str) -> tuple[Step, ...]:
+    """Cut the steps into files of at most `most` bytes, in order; a larger tensor has a file of its own."""
+    if container != "safetensors" or sum(s.nbytes for s in steps) <= most:
+        return steps
+    number, room, numbers = 1, most, []
+    for s in steps:
+        if s.nbytes > room and room < most:
+            number, room = number + 1, most
+        room -= s.nbytes
+        numbers.append(number)
+    names = [f"model-{n:05}-of-{number:05}.safetensors" for n in numbers]
+    return tuple(replace(s, file=name) for s, name in zip(steps, names, strict=True))
+
+
+# ---------------------------------------------------------------- a saved plan
+
+
+def from_json(data: Any, index: Mapping[str, TensorInfo], container: Container, codecs: Callable[[str], Codec]) -> Plan:
+    """A saved, perhaps edited plan, checked against the source as it is now.
+
+    Raises
+    ------
+    PlanError
+        If a step names no tensor of the source or no known layout, if the tensor's shape or layout is
+        not what the plan says, or a layout's name has come to mean other bytes.
+    """
+    try:
+        if data["version"] != VERSION:
+            raise PlanError(f"a plan of version {data['version']!r}, this packfmt replays {VERSION}")
+        if data["container"] != container.NAME:
+            raise PlanError(f"the plan is for {data['container']}, the destination is {container.NAME}")
+        steps = tuple(_replayed(s, index, container, codecs) for s in data["steps"])
+        missing = sorted(index.keys() - {s.name for s in steps})
+        if missing or len({s.name for s in steps}) != len(steps):
+            raise PlanError(f"the plan must name every tensor once; {missing[0] if missing else 'one'} is not")
+        return Plan(str(data["source"]), container.NAME, steps)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"not a saved plan: {type(error).__name__} {error}") from error
+
+
+def _replayed(s: Any, index: Mapping[str, TensorInfo], container: Container, codecs: Callable[[str], Codec]) -> Step:
+    name = s["name"]
+    if name not in index:
+        raise PlanError(f"the plan names {name!r}, which is not in the source")
+    info = index[name]
+    if info.layout is None or list(info.shape) != s["shape"] or info.layout.name != s["from"]:
+        raise PlanError(f"{name}: the source has {info.kind} {list(info.shape)}, the plan {s['from']} {s['shape']}")
+    if s["to"] == info.layout.name:
+        layout = info.layout
+    elif s["to"] in DENSE:
+        layout = DENSE[s["to"]]
+    else:
+        layout = codecs(s["to"]).layout
+    if s.get("id") not in (None, layout.id) and s.get("action") != "":
+        raise PlanError(f"{name}: the plan's {s['to']} has id {s['id'][:16]}, here it is {layout.id[:16]}")
+    try:
+        layout.fit(*matrix(info.shape))
+    except LayoutError as error:
+        raise PlanError(f"{name}: {error}") from error
+    if why_not := container.refusal(layout, info.shape):
+        raise PlanError(f"{name}: {why_not}")
+    action, encoder = _action(info, layout), ""
+    if action in ("quantise", "requantise", "cast"):
+        encoders = codecs(s["to"]).encoders
+        encoder = s.get("encoder") or next(iter(encoders))
+        if encoder not in encoders:
+            raise PlanError(f"{name}: {s['to']} has no encoder {encoder!r}; there are {', '.join(encoders)}")
+    dtype, reason = dense_dtype(layout) or info.dtype, str(s.get("reason", ""))
+    return Step(name, info.shape, dtype, info.layout, layout, action, reason, encoder, str(s.get("file", "")))

@@ -2,9 +2,9 @@
 
 A module has
 
-    NAME, SUFFIX
+    NAME
     refusal(layout, shape)                       why it cannot hold such a tensor, or ""
-    write(path, plan, tensors, extras)           one tensor at a time; `path` appears only when whole
+    write(path, plan, tensors, extras, check)    one tensor at a time; `path` appears only when whole and checked
     open(path, layouts)                          a Source
 
 A container knows names, offsets and bytes. It never looks inside a block and never meets a codec:
@@ -21,10 +21,12 @@ from typing import Any, Protocol, cast
 
 from packfmt.codec import PackedTensor
 from packfmt.errors import PlanError
+from packfmt.exporters.whole import Check
 from packfmt.layout import Layout
 from packfmt.plan import Plan
 
-NAMES = ("safetensors", "gguf")
+SUFFIXES = {"safetensors": ".safetensors", "gguf": ".gguf"}  # of every container; a folder is safetensors
+NAMES = tuple(SUFFIXES)
 Layouts = Callable[[str, str], Layout | None]
 
 
@@ -72,10 +74,11 @@ class Source(Protocol):
 
 class Container(Protocol):
     NAME: str
-    SUFFIX: str
 
     def refusal(self, layout: Layout, shape: tuple[int, ...]) -> str: ...
-    def write(self, path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras) -> None: ...
+    def write(
+        self, path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
+    ) -> None: ...
     def open(self, path: Path, layouts: Layouts) -> Source: ...
 
 

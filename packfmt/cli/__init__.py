@@ -1,0 +1,63 @@
+"""The command line. A command is parsing, one call, printing; errors become one line and an exit code here.
+
+Exit codes: 0 good; 1 findings or differences; 2 wrong usage or a refused plan; 3 input that cannot be
+read, or an environment failure; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+GOOD, FOUND, REFUSED, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. Everything that goes wrong is told in one line on stderr."""
+    from typer.exceptions import Abort, TyperException
+
+    from packfmt.cli.app import app
+    from packfmt.errors import MismatchError, PackfmtError, PlanError
+
+    try:
+        result = app(arguments, prog_name="packfmt", standalone_mode=False)
+        if result == INTERRUPTED:
+            return _say("interrupted; nothing was left half-written", INTERRUPTED)
+        return result if isinstance(result, int) else GOOD
+    except TyperException as error:
+        return _usage(error)
+    except (KeyboardInterrupt, Abort):
+        return _say("interrupted; nothing was left half-written", INTERRUPTED)
+    except MismatchError as error:
+        return _say(str(error), FOUND)
+    except PlanError as error:
+        return _say(str(error), REFUSED)
+    except PackfmtError as error:
+        return _say(str(error), FAILED)
+    except OSError as error:
+        return _say(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), FAILED)
+    except MemoryError:
+        return _say("out of memory; packfmt plan says how much a conversion holds at once", FAILED)
+    except Exception as error:
+        if os.environ.get("PACKFMT_TRACEBACK"):
+            raise
+        kind = type(error).__name__
+        return _say(f"a fault in packfmt: {kind}: {error}; PACKFMT_TRACEBACK=1 shows where", FAILED)
+
+
+def _usage(error: Any) -> int:
+    """Wrong usage in one line, and where help is."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "packfmt"
+    return _say(f"{error.format_message().rstrip('.')}; {command} --help says more", REFUSED)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"packfmt: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,226 @@
+"""Carry out a plan: read a tensor, encode it, write it, one at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from packfmt import checkpoint, codecs, exporters, verify
+from packfmt.checkpoint import Checkpoint
+from packfmt.codec import PackedTensor, dense_dtype, dense_values
+from packfmt.errors import ContainerError, LayoutError, MachineError, PlanError
+from packfmt.layout import DENSE
+from packfmt.plan import DENSE_AGAIN, RESTORED, Plan, Recipe, Step, from_json, make_plan
+
+Progress = Callable[[Step], None]  # called when a step is done
+SPARE = 1 << 20  # bytes of disk wanted beside the tensors, for headers
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did."""
+
+    plan: Plan
+    path: Path
+    source_bytes: int
+    bytes: int  # of all files written
+    seconds: float
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str = "",
+    *,
+    overrides: Mapping[str, str] | None = None,
+    fallback: str = "",
+    encoder: str = "",
+    container: str = "",
+    max_shard: int = Recipe.max_shard,
+    check: bool = False,
+    force: bool = False,
+) -> Report:
+    """Convert a model: the whole job of `packfmt convert`, in one call.
+
+    Parameters
+    ----------
+    source : a folder, a .safetensors or a .gguf
+    target : a new folder, or a file whose suffix names its container
+    to : the layout of the weights
+    overrides : regular expression -> layout or "keep"; later ones win
+    fallback : layout of the weights whose columns do not fill the blocks of `to`
+    encoder : a name of the layout's encoders; the default is its first
+    container : "safetensors" or "gguf", where the target's suffix does not say
+    max_shard : bytes of tensors a file of a safetensors folder
+    check : read everything back and check the laws before the target gets its name
+    force : replace a target that exists
+
+    Raises
+    ------
+    PlanError
+        If the plan is refused; nothing was written.
+    ContainerError, LayoutError, MachineError
+        If the source cannot be read, a weight cannot be encoded, or the disk is full.
+    """
+    recipe = Recipe(to, tuple((overrides or {}).items()), fallback, encoder, max_shard)
+    target = Path(target)
+    with checkpoint.open(source) as model:
+        plan = plan_for(model, target, recipe, container)
+        return run(plan, model, target, check=check, force=force)
+
+
+def plan_for(model: Checkpoint, target: Path, recipe: Recipe, container: str = "") -> Plan:
+    """The plan of a conversion of an open model (`plan.make_plan`)."""
+    method = (model.extras.config or {}).get("quantization_config", {}).get("quant_method", "packfmt")
+    if method != "packfmt":
+        raise PlanError(f"{model.path}: quantised already, as {method!r}, which packfmt does not read yet; "
+                        "convert the model it was made from")  # fmt: skip
+    return make_plan(str(model.path), model.index, recipe, target_container(target, container), codecs.get)
+
+
+def saved_plan(path: Path, model: Checkpoint, target: Path, container: str = "") -> Plan:
+    """The plan in a file that `packfmt plan --json` wrote, checked against the model."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path}: not a saved plan: {error}") from error
+    return from_json(data, model.index, target_container(target, container), codecs.get)
+
+
+def target_container(target: Path, name: str = "") -> exporters.Container:
+    """The container that a destination is written in: by name, by suffix, or a safetensors folder."""
+    if not name:
+        name = next((n for n, suffix in exporters.SUFFIXES.items() if target.suffix == suffix), "safetensors")
+    return exporters.get(name)
+
+
+def run(
+    plan: Plan,
+    model: Checkpoint,
+    target: Path,
+    *,
+    check: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Carry out a plan. `target` appears under its name only when whole, and checked if `check`.
+
+    Raises
+    ------
+    PlanError
+        If the target exists (without `force`), or is the source.
+    MachineError
+        If the disk has too little room or may not be written.
+    """
+    begin = time.perf_counter()
+    may_write(plan, model, target, force)
+    extras = model.extras
+    container = exporters.get(plan.container)
+    checker = (lambda path: verify.check_output(path, container.NAME)) if check else None
+    try:
+        container.write(target, plan, _results(plan, model, progress), extras, checker)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(f"{target}: the disk is full; nothing was left under this name") from error
+        raise MachineError(f"{target}: {error.strerror or error}") from error
+    written = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
+    size = sum(f.stat().st_size for f in written)
+    source = sum(i.nbytes for i in model.index.values())
+    return Report(plan, target, source, size, time.perf_counter() - begin)
+
+
+def _results(plan: Plan, model: Checkpoint, progress: Progress | None) -> Iterator[PackedTensor]:
+    for step in plan.steps:
+        try:
+            result = apply(step, model[step.name])
+        except LayoutError as error:
+            raise LayoutError(f"{step.name}: {error}") from error
+        yield result
+        del result
+        if progress:
+            progress(step)
+
+
+def apply(step: Step, tensor: PackedTensor) -> PackedTensor:
+    """One step on one tensor."""
+    if tensor.layout != step.before or tensor.shape != step.shape:
+        raise ContainerError(f"{step.name}: is {tensor.layout.name} {tensor.shape}, planned from {step.before.name}")
+    if step.action == "keep":
+        return tensor
+    if step.action == "repack":
+        return tensor.repack(step.layout)
+    weight = dense_values(tensor) if dense_dtype(tensor.layout) else tensor.decode()
+    if step.layout.name == "f64":
+        values = weight.astype(np.float64).reshape(DENSE["f64"].shapes(*tensor.matrix)["values"])
+        return PackedTensor(step.layout, tensor.shape, {"values": values}, step.dtype)
+    packed = codecs.get(step.layout.name).encode(weight, step.encoder)
+    return replace(packed, dtype=step.dtype)
+
+
+def decode_plan(model: Checkpoint, target: Path, dtype: str = "") -> Plan:
+    """The plan of a dense checkpoint: every packed tensor in its own dtype again, or in `dtype` (f32, f16, bf16).
+
+    Raises
+    ------
+    PlanError
+        If nothing is packed, or the container cannot hold a dtype.
+    """
+    plan = plan_for(model, target, Recipe(DENSE_AGAIN))
+    if dtype:
+        if dtype not in RESTORED:
+            raise PlanError(f"cannot decode to {dtype!r}; there are {', '.join(RESTORED)}")
+        other = {"layout": DENSE[dtype], "dtype": dense_dtype(DENSE[dtype])}
+        steps = tuple(replace(s, **other) if s.action == "decode" else s for s in plan.steps)
+        plan = replace(plan, steps=steps)
+    if not any(s.action == "decode" for s in plan.steps):
+        raise PlanError(f"{model.path}: nothing is packed")
+    return plan
+
+
+def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
+    """Refuse a target that exists, is or holds the source, lies nowhere, or has no room.
+
+    Raises
+    ------
+    PlanError, MachineError
+    """
+    files = {i.file.resolve() for i in model.index.values()} | {model.path.resolve()}
+    here = target.resolve()
+    if any(f == here or here in f.parents for f in files) or _same_file(target, model.path):
+        raise PlanError(f"{target}: is the source or holds it; choose another destination")
+    if target.exists() and not force:
+        raise PlanError(f"{target}: exists; choose another destination or say --force to replace it")
+    if target.is_dir() and not _replaceable(target):
+        raise PlanError(f"{target}: a folder that packfmt did not write; --force does not replace it")
+    folder = target.absolute().parent
+    if not folder.is_dir():
+        raise PlanError(f"{folder}: no such folder; make it first")
+    if not os.access(folder, os.W_OK):
+        raise MachineError(f"{folder}: may not be written")
+    need = plan.nbytes + sum(f.stat().st_size for f in model.extras.files.values()) + SPARE
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise MachineError(f"{folder}: {free:,} bytes free, this conversion needs {need:,}")
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.exists() and os.path.samefile(a, b)
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether --force may delete a folder: it is empty, or its config.json or weights are packfmt's."""
+    if not any(folder.iterdir()):
+        return True
+    try:
+        with checkpoint.open(folder) as old:
+            return any(i.layout and not dense_dtype(i.layout) for i in old.index.values())
+    except ContainerError:
+        return False

@@ -1,0 +1,407 @@
+"""safetensors: Hugging Face's files as a source, and packfmt's own self-describing files, read and written.
+
+A packed tensor `<name>` is stored as `<name>.<component>`; a dense one under its own name, so that other
+readers find norms and biases where they expect them. The header's `__metadata__["packfmt"]` is JSON that
+says which layout each tensor has, describes the layouts in full, and holds a SHA-256 for each component
+(spec/README.md, "The native container").
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from packfmt.codec import Array, PackedTensor, dense_dtype, matrix
+from packfmt.errors import ContainerError, LayoutError, PlanError
+from packfmt.exporters import Extras, Layouts, TensorInfo
+from packfmt.exporters import safetensors_header as header
+from packfmt.exporters.safetensors_header import DTYPES, NAME_OF, Entry, Header
+from packfmt.exporters.whole import Check, whole_file, whole_folder
+from packfmt.layout import DENSE, Layout, dtype_of, itemsize
+from packfmt.plan import Plan, Step
+
+NAME = "safetensors"
+SUFFIX = ".safetensors"
+VERSION = 1
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
+DENSE_OF = {c.components[0].cell[0].dtype: c for c in DENSE.values()}  # type: ignore[union-attr]
+UNKNOWN_LENGTH = 1 << 53  # stands for a stream's end while its header's length is reckoned
+
+
+def refusal(layout: Layout, shape: tuple[int, ...]) -> str:
+    """safetensors holds every layout there is."""
+    return ""
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(
+    path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
+) -> None:
+    """Write one file if `path` ends in .safetensors, else a folder in Hugging Face's form.
+
+    A folder gets config.json with a `quantization_config`, all side files, and an index if the plan
+    names several files. One tensor is held at a time.
+
+    Raises
+    ------
+    PlanError
+        If a tensor is not the one its step announced.
+    """
+    stream = iter(tensors)
+    if path.suffix == SUFFIX:
+        with whole_file(path, check) as file:
+            _write_tensors(file, plan.steps, stream)
+        return
+    with whole_folder(path, check) as folder:
+        places: dict[str, str] = {}
+        for name, group in groupby(plan.steps, key=lambda step: step.file or SINGLE):
+            steps = tuple(group)
+            with whole_file(folder / name) as file:
+                entries = _write_tensors(file, steps, stream)
+            places |= dict.fromkeys(entries, name)
+        if set(places.values()) != {SINGLE}:
+            total = sum((folder / name).stat().st_size for name in set(places.values()))
+            _dump(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        _write_extras(folder, plan, extras)
+
+
+def _write_tensors(file: BinaryIO, steps: tuple[Step, ...], tensors: Iterator[PackedTensor]) -> dict[str, Entry]:
+    """All tensors of one file, then its header, for which room was left."""
+    lengths: dict[str, int] = {}
+    room = len(_header(steps, lengths, {s.name: dict.fromkeys(_files_of(s), "0" * 64) for s in steps})[1])
+    sums: dict[str, dict[str, str]] = {}
+    entries, _ = _header(steps, lengths, {})
+    tail = max((e.end for e in entries.values() if e.end < UNKNOWN_LENGTH), default=0)
+    for step in steps:
+        tensor = next(tensors)
+        _check_announced(step, tensor)
+        sums[step.name] = {}
+        for component, name in _files_of(step).items():
+            data = np.ascontiguousarray(tensor.components[component]).reshape(-1).view(np.uint8)
+            begin = entries[name].begin
+            if begin >= UNKNOWN_LENGTH:
+                begin, lengths[name], tail = tail, len(data), tail + len(data)
+            file.seek(8 + room + begin)
+            file.write(data.data)
+            sums[step.name][component] = sha256(data.data).hexdigest()
+    entries, text = _header(steps, lengths, sums)
+    file.seek(0)
+    file.write(room.to_bytes(8, "little") + text.ljust(room))
+    return entries
+
+
+def _check_announced(step: Step, tensor: PackedTensor) -> None:
+    if (tensor.layout.id, tensor.shape) != (step.layout.id, step.shape):
+        raise PlanError(
+            f"{step.name}: got {tensor.layout.name} {tensor.shape}, planned {step.layout.name} {step.shape}"
+        )
+
+
+def _files_of(step: Step) -> dict[str, str]:
+    """Component -> its tensor's name in the file."""
+    if dense_dtype(step.layout):
+        return {"values": step.name}
+    return {c.name: f"{step.name}.{c.name}" for c in step.layout.components}
+
+
+def _header(
+    steps: tuple[Step, ...], lengths: Mapping[str, int], sums: Mapping[str, Mapping[str, str]]
+) -> tuple[dict[str, Entry], bytes]:
+    """Entries in file order, and the JSON text, padded to a multiple of 8.
+
+    Wide elements come first, so that every tensor starts at a multiple of its element's size; streams,
+    whose length is data, come last in the order of the steps.
+    """
+    found: list[tuple[str, str, tuple[int, ...]]] = []
+    streams: list[tuple[str, str]] = []
+    for step in steps:
+        names = _files_of(step)
+        if dense_dtype(step.layout):
+            found.append((step.name, step.layout.components[0].cell[0].dtype, step.shape))  # type: ignore[union-attr]
+            continue
+        for c in step.layout.fit(*matrix(step.shape)).components:
+            found.append((names[c.name], c.dtype, c.shape))
+        streams += [(names[s.name], s.dtype) for s in step.layout.streams]
+    entries, at = {}, 0
+    for name, dtype, shape in sorted(found, key=lambda item: -itemsize(item[1])):
+        end = at + prod(shape) * itemsize(dtype)
+        entries[name] = Entry(NAME_OF[dtype], shape, at, end)
+        at = end
+    for name, dtype in streams:
+        begin = at if lengths else UNKNOWN_LENGTH
+        end = begin + lengths.get(name, UNKNOWN_LENGTH)
+        entries[name] = Entry(NAME_OF[dtype], ((end - begin) // itemsize(dtype),), begin, end)
+        at = end
+    text = header.text(entries, {"format": "pt", "packfmt": json.dumps(_describe(steps, sums), separators=(",", ":"))})
+    return entries, text.ljust(-(-len(text) // 8) * 8)
+
+
+def _describe(steps: tuple[Step, ...], sums: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    tensors = {
+        s.name: {
+            "layout": s.layout.name,
+            "id": s.layout.id,
+            "shape": list(s.shape),
+            "dtype": s.dtype,
+            "encoder": s.encoder,
+            "sha256": dict(sums.get(s.name, {})),
+        }
+        for s in steps
+    }
+    return {"version": VERSION, "tensors": tensors, "layouts": {s.layout.id: s.layout.to_json() for s in steps}}
+
+
+def _write_extras(folder: Path, plan: Plan, extras: Extras) -> None:
+    for name, source in extras.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    if extras.config is not None:
+        config = {k: v for k, v in extras.config.items() if k != "quantization_config"}
+        packed = sorted({s.layout.name for s in plan.steps if not dense_dtype(s.layout)})
+        if packed:
+            config["quantization_config"] = {"quant_method": "packfmt", "version": VERSION, "layouts": packed}
+        _dump(folder / CONFIG, config)
+    if extras.keyvalues:
+        _dump(folder / KEYVALUES, {k: {"type": v.kind, "value": v.value} for k, v in extras.keyvalues.items()})
+
+
+def _dump(path: Path, data: Any) -> None:
+    with whole_file(path) as file:
+        file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+# ---------------------------------------------------------------- reading
+
+KEYVALUES = "gguf_keyvalues.json"  # a GGUF's metadata, so that it can become a GGUF again
+
+
+class SafetensorsSource:
+    """A safetensors file, or a folder of them; `problems` are what the headers get wrong."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: list[ContainerError] = []
+        self.index: dict[str, TensorInfo] = {}
+        self._files: dict[Path, tuple[BinaryIO, Header]] = {}
+        self._records: dict[str, dict[str, Any]] = {}
+        try:
+            for file in _files(path):
+                self._add(file)
+        except BaseException:
+            self.close()
+            raise
+        self.extras = _read_extras(path) if path.is_dir() else Extras()
+
+    def close(self) -> None:
+        for file, _ in self._files.values():
+            file.close()
+
+    def _add(self, path: Path) -> None:
+        file = path.open("rb")
+        self._files[path] = (file, Header({}, {}, 0))
+        found = header.read(path, file)
+        self._files[path] = (file, found)
+        packed = self._described(path, found)
+        used = {name for info in packed.values() for name in self._names(info).values()}
+        dense = {n: self._dense(path, n, e) for n, e in found.entries.items() if n not in used}
+        for name, info in (packed | dense).items():
+            if name in self.index:
+                self.problems.append(
+                    ContainerError(f"{path}: {name} is also in {self.index[name].file.name}", "PF104")
+                )
+            self.index[name] = info
+
+    def _dense(self, path: Path, name: str, e: Entry) -> TensorInfo:
+        layout = DENSE_OF[DTYPES[e.dtype]] if e.dtype in DTYPES else None
+        dtype = dtype_of(DTYPES[e.dtype]).name if layout else e.dtype
+        return TensorInfo(name, e.shape, dtype, layout, e.dtype, path, e.end - e.begin)
+
+    def _described(self, path: Path, found: Header) -> dict[str, TensorInfo]:
+        """What packfmt's own metadata says, each claim checked against the entries."""
+        if "packfmt" not in found.metadata:
+            return {}
+        where = f"{path}: __metadata__['packfmt']"
+        try:
+            data = json.loads(found.metadata["packfmt"])
+            version, tensors, layouts = data["version"], dict(data["tensors"]), dict(data["layouts"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ContainerError(f"{where}: not version, tensors and layouts in JSON: {error}", "PF112") from error
+        if version != VERSION:
+            raise ContainerError(f"{where}: version {version!r}, this packfmt reads {VERSION}", "PF112")
+        known: dict[str, Layout] = {}
+        for key, description in layouts.items():
+            try:
+                known[key] = Layout.from_json(description)
+            except LayoutError as error:
+                raise ContainerError(f"{where}: {error}", "PF111") from error
+            if known[key].id != key:
+                raise ContainerError(
+                    f"{where}: the description of {known[key].name!r} has SHA-256 {known[key].id[:16]}, "
+                    f"it is filed as {key[:16]}", "PF111",
+                )  # fmt: skip
+        out = {}
+        for name, record in tensors.items():
+            try:
+                info = self._info(path, name, record, known)
+                out[name] = info
+                self._check_components(info, found)
+            except ContainerError as error:
+                self.problems.append(error)
+        return out
+
+    def _info(self, path: Path, name: str, record: Any, known: dict[str, Layout]) -> TensorInfo:
+        where = f"{path}: {name}"
+        need = {"layout": str, "id": str, "shape": list, "dtype": str, "sha256": dict}
+        if not isinstance(record, dict) or not all(isinstance(record.get(k), t) for k, t in need.items()):
+            raise ContainerError(f"{where}: its record needs {', '.join(need)}", "PF112")
+        if not all(type(n) is int and n >= 0 for n in record["shape"]):
+            raise ContainerError(f"{where}: shape {record['shape']}, needs whole numbers", "PF106")
+        if record["id"] not in known:
+            raise ContainerError(f"{where}: no description of layout {record['layout']!r} in the file", "PF111")
+        layout = known[record["id"]]
+        self._records[name] = record
+        try:
+            shape = tuple(record["shape"])
+            nbytes = layout.nbytes(*matrix(shape))
+        except LayoutError as error:
+            raise ContainerError(f"{where}: {error}", "PF106") from error
+        return TensorInfo(name, shape, record["dtype"], layout, layout.name, path, nbytes)
+
+    def _names(self, info: TensorInfo) -> dict[str, str]:
+        if info.layout is None or dense_dtype(info.layout):
+            return {"values": info.name}
+        return {c.name: f"{info.name}.{c.name}" for c in info.layout.components}
+
+    def _check_components(self, info: TensorInfo, found: Header) -> None:
+        assert info.layout is not None
+        fitted = {c.name: c for c in info.layout.fit(*matrix(info.shape)).components}
+        for component, name in self._names(info).items():
+            where = f"{info.file}: {info.name}"
+            if name not in found.entries:
+                raise ContainerError(f"{where}: component {component!r} is missing", "PF110")
+            e, c = found.entries[name], fitted.get(component)
+            if c is None:  # a stream
+                continue
+            shape = info.shape if dense_dtype(info.layout) else c.shape
+            if e.dtype != NAME_OF[c.dtype]:
+                raise ContainerError(
+                    f"{where}: component {component!r} is {e.dtype}, {info.layout.name} needs {NAME_OF[c.dtype]}", "PF105"
+                )
+            if e.shape != shape:
+                raise ContainerError(
+                    f"{where}: component {component!r} is {list(e.shape)}, "
+                    f"a weight of {list(info.shape)} needs {list(shape)}", "PF106",
+                )  # fmt: skip
+
+    def read(self, name: str) -> PackedTensor:
+        """The tensor called `name`; its checksums are checked where the file has them."""
+        info = self.index[name]
+        if info.layout is None:
+            raise ContainerError(f"{info.file}: {name} is {info.kind}, which no layout of packfmt describes", "PF105")
+        file, found = self._files[info.file]
+        sums = self._records.get(name, {}).get("sha256", {})
+        components = {}
+        for component, stored in self._names(info).items():
+            array = _read_array(info.file, file, found, stored)
+            if component in sums and sha256(array.reshape(-1).view(np.uint8).data).hexdigest() != sums[component]:
+                raise ContainerError(
+                    f"{info.file}: {name}: the bytes of {component!r} are not those that were written", "PF109"
+                )
+            components[component] = array
+        if dense_dtype(info.layout):
+            shape = info.layout.shapes(*matrix(info.shape))["values"]
+            components["values"] = components["values"].reshape(shape)
+        return PackedTensor(info.layout, info.shape, components, info.dtype)
+
+
+def _read_array(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
+    e = found.entries[name]
+    raw = np.empty(e.end - e.begin, np.uint8)
+    file.seek(found.data + e.begin)
+    if (got := file.readinto(raw.data)) != len(raw):
+        raise ContainerError(f"{path}: {name}: {got} of {len(raw)} bytes; the file shrank while it was read", "PF101")
+    return raw.view(dtype_of(DTYPES[e.dtype])).reshape(e.shape)
+
+
+def open(path: Path, layouts: Layouts | None = None) -> SafetensorsSource:
+    """Open a file or folder and check all headers; no tensor is read.
+
+    Raises
+    ------
+    ContainerError
+        For the first thing that is not what it should be.
+    """
+    source = SafetensorsSource(path)
+    if source.problems:
+        source.close()
+        raise source.problems[0]
+    return source
+
+
+def _files(path: Path) -> list[Path]:
+    """The safetensors files of a model: by its index if it has one, else the only one, or all numbered ones."""
+    if not path.is_dir():
+        return [path]
+    if (path / INDEX).exists():
+        data = read_json(path / INDEX)
+        names = data.get("weight_map") if isinstance(data, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+            raise ContainerError(f"{path / INDEX}: no weight_map of names", "PF102")
+        found = []
+        for name in sorted(set(names.values())):
+            if Path(name).name != name or not (path / name).is_file():
+                raise ContainerError(f"{path / INDEX}: names {name!r}, which is not in the folder", "PF110")
+            found.append(path / name)
+        return found
+    found = sorted(path.glob("*" + SUFFIX))
+    if len(found) > 1 and (path / SINGLE) in found:
+        found = [path / SINGLE]
+    if len(found) > 1:
+        names = ", ".join(f.name for f in found[:4])
+        raise ContainerError(f"{path}: {len(found)} safetensors files and no {INDEX}: {names}; name one", "PF100")
+    if not found:
+        raise ContainerError(f"{path}: no safetensors file in this folder", "PF100")
+    return found
+
+
+def _read_extras(path: Path) -> Extras:
+    config = read_json(path / CONFIG) if (path / CONFIG).exists() else None
+    if config is not None and not isinstance(config, dict):
+        raise ContainerError(f"{path / CONFIG}: not a record", "PF102")
+    files = {
+        str(f.relative_to(path)): f
+        for f in sorted(path.rglob("*"))
+        if f.is_file()
+        and f.suffix not in WEIGHTS
+        and f.name not in (CONFIG, INDEX, KEYVALUES)
+        and not any(part.startswith(".") and part != ".gitattributes" for part in f.relative_to(path).parts)
+    }
+    return Extras(config, files, read_keyvalues(path / KEYVALUES) if (path / KEYVALUES).exists() else {})
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ContainerError(f"{path}: not JSON: {error}", "PF102") from error
+
+
+def read_keyvalues(path: Path) -> dict[str, Any]:
+    from packfmt.exporters import KeyValue
+
+    data = read_json(path)
+    try:
+        return {k: KeyValue(str(v["type"]), v["value"]) for k, v in data.items()}
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ContainerError(f"{path}: not a record of type and value: {error}", "PF102") from error

@@ -1,0 +1,174 @@
+"""The house rules, each a script in tools/: what `make check` runs, and that the scripts find what they look for."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKS = (
+    "check_imports.py",
+    "check_kernels.py",
+    "check_docs.py",
+    "check_vectors.py",
+    "spec_tables.py --check",
+    "layouts_json.py --check",
+    "changelog.py --check",
+)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_tree_keeps_the_rule(check: str) -> None:
+    script, *flags = check.split()
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / script), *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch):
+    """Import a tool by name, as a script finds its neighbours."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("packfmt.layout", "import packfmt.codec", "layout imports packfmt.codec"),
+        ("packfmt.layout", "def f():\n    from packfmt import grids", "layout imports packfmt.grids"),
+        ("packfmt.exporters.gguf", "from packfmt.codecs import get", "exporters imports packfmt.codecs"),
+        ("packfmt.exporters.gguf", "from ..codecs import q4_0", "exporters imports packfmt.codecs"),
+        ("packfmt.kernels.move", "import ml_dtypes", "a kernel imports ml_dtypes"),
+        ("packfmt.grids", "from numba import njit", "grids imports numba"),
+        ("packfmt.convert", "import rich.progress", "convert imports rich.progress"),
+        ("packfmt.cellar", "", "'cellar' has no place"),
+        ("packfmt.cli", "from packfmt import pack", "import 'pack' from the module that defines it"),
+    ],
+)
+def test_the_import_law_names_a_breach(tool, module: str, source: str, found: str) -> None:
+    path = ROOT / (module.replace(".", "/") + ".py")
+    lines = list(tool("check_imports").broken(module, path, ast.parse(source)))
+    assert len(lines) == 1 and found in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("packfmt.layout", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from packfmt.codec import Codec"),
+        ("packfmt.codecs.q4_0", "from packfmt import grids\nfrom packfmt.errors import LayoutError\nimport numpy"),
+        ("packfmt.cli", "from packfmt import __version__, convert"),
+    ],
+)
+def test_the_import_law_allows_what_it_says(tool, module: str, source: str) -> None:
+    path = ROOT / (module.replace(".", "/") + ".py")
+    assert list(tool("check_imports").broken(module, path, ast.parse(source))) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("@njit\ndef _f(x): pass", "must state cache=True"),
+        ("@njit(cache=True)\ndef _f(x): pass", "must state nogil=True"),
+        ("@njit(cache=False, nogil=True)\ndef _f(x): pass", "must state cache=True"),
+        ("_f = njit(nogil=True)(g)", "must state cache=True"),
+        ("@nb.njit(cache=True, nogil=True, fastmath=True)\ndef _f(x): pass", "fastmath"),
+        ("@njit(cache=True, nogil=True, parallel=False)\ndef _f(x): pass", "parallel"),
+        ("@njit(cache=True, nogil=True)\ndef f(x):\n    'Door.'", "begins with an underscore"),
+        ("@njit(cache=True, nogil=True)\ndef _f(x):\n    assert x", "assert in a compiled loop"),
+        ("@njit(cache=True, nogil=True)\ndef _f(x):\n    raise E", "raise in a compiled loop"),
+        ("@njit(cache=True, nogil=True)\ndef _f(x):\n    return np.empty(3)", "np.empty allocates"),
+        ("@njit(cache=True, nogil=True)\ndef _f(x):\n    y = [x]", "allocates"),
+        ("@njit(cache=True, nogil=True)\ndef _f(x):\n    min = x", "'min' shadows"),
+        ("LOW = 1\n@njit(cache=True, nogil=True)\ndef _f(LOW):\n    pass", "'LOW' shadows"),
+        ("@vectorize\ndef _f(x): pass", "vectorize"),
+        ("def door(x): return x", "needs a docstring"),
+    ],
+)
+def test_the_kernel_rules_name_a_breach(tool, source: str, found: str) -> None:
+    lines = list(tool("check_kernels").module("packfmt.kernels.toy", ROOT / "toy.py", ast.parse(source)))
+    assert any(found in line for line in lines), lines
+
+
+def test_a_parameter_that_is_not_in_the_signature_is_found(tool) -> None:
+    source = '''
+"""A module."""
+def f(codes, *, bits):
+    """Pack.
+
+    Parameters
+    ----------
+    codes : (rows, cols) uint8,
+        each below 2**bits
+    width : 1 to 8
+
+    Returns
+    -------
+    bytes
+    """
+'''
+    (line,) = tool("check_docs").docstrings("packfmt.toy", ROOT / "toy.py", ast.parse(source))
+    assert "documents codes, width; it takes codes, bits" in line
+
+
+@pytest.mark.parametrize("place", ["/home/" + "ann/model", "see ../" + "shared/facts", "('/tmp" + "/x')"])
+def test_a_path_of_somebodys_machine_is_found(tool, place: str, tmp_path: Path, monkeypatch) -> None:
+    check = tool("check_docs")
+    monkeypatch.setattr(check.house, "ROOT", tmp_path)
+    (tmp_path / "page.md").write_text(f"fine: a/tmp/b, the root\n{place}\n")
+    (line,) = check.places(tmp_path / "page.md")
+    assert line.startswith("page.md:2")
+
+
+def test_a_name_cannot_come_to_mean_other_bytes(tool) -> None:
+    check = tool("layouts_json")
+    now = check.described()
+    name = next(iter(now))
+    changed = json.loads(json.dumps(now))
+    changed[name]["layout"]["grid"]["name"] = "another"
+    changed[name]["id"] = check.Layout.from_json(changed[name]["layout"]).id
+    assert f"{name} has id" in check.broken_promises(changed, now)[0]
+    assert check.broken_promises(now, now) == []
+    assert "is gone" in check.broken_promises(now, {})[0]
+
+
+def test_vectors_must_be_listed_and_have_their_hash(tool, tmp_path: Path, monkeypatch) -> None:
+    check = tool("check_vectors")
+    monkeypatch.setattr(check.house, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "VECTORS", tmp_path)
+    entry = {"sha256": "0" * 64, "tool": "ggml", "version": "1"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"a/x.bin": entry, "a/gone.bin": entry}))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.bin").write_bytes(b"1")
+    (tmp_path / "a" / "extra.bin").write_bytes(b"2")
+    found = "\n".join(check.vectors())
+    assert "extra.bin: not in" in found and "gone.bin: in" in found and "x.bin: sha256" in found
+
+
+def test_a_release_collects_every_fragment_once(tool, tmp_path: Path, monkeypatch) -> None:
+    log = tool("changelog")
+    monkeypatch.setattr(log.house, "ROOT", tmp_path)
+    monkeypatch.setattr(log, "CHANGES", tmp_path / "changes")
+    monkeypatch.setattr(log, "TARGET", tmp_path / "CHANGELOG.md")
+    (tmp_path / "changes").mkdir()
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\nNews.\n\n## 0.1.0 (2001-01-01)\n\n- old\n")
+    (tmp_path / "changes" / "10.fix.md").write_text("Ten is mended.\n")
+    (tmp_path / "changes" / "9.fix.md").write_text("Nine is mended.\n")
+    log.release("0.2.0")
+    text = (tmp_path / "CHANGELOG.md").read_text()
+    assert text.index("News") < text.index("## 0.2.0") < text.index("Nine") < text.index("Ten") < text.index("## 0.1.0")
+    assert list((tmp_path / "changes").iterdir()) == []
+    (tmp_path / "changes" / "3.story.md").write_text("One thing. Another thing.\n")
+    assert len(log.wrong(tmp_path / "changes" / "3.story.md")) == 2

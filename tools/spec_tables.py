@@ -1,0 +1,177 @@
+"""Fill the table of every page in spec/formats from the layout itself.
+
+    python tools/spec_tables.py             rewrite what stands between <!-- layout --> and <!-- /layout -->
+    python tools/spec_tables.py --check     compare only
+
+Both look whether every format has a page with the fixed headings, and vectors.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from fractions import Fraction
+from math import lcm
+
+import house
+from packfmt import codecs
+from packfmt.layout import DENSE, REST, WORD, Codes, Component, Digit, Layout, Member, Placed, Stream, Values, dtype_of
+
+PAGES = house.SPEC / "formats"
+VECTORS = house.SPEC / "vectors"
+MARKS = re.compile(r"(<!-- layout -->\n).*?(<!-- /layout -->)", re.S)
+HEADINGS = ["Purpose", "Bytes", "Numbers and rounding", "Worked example", "Edge cases", "Sources", "History"]
+COLUMNS = ("component", "stored as", "cells over", "at", "part", "width", "where in the cell", "meaning")
+
+
+# ---------------------------------------------------------------- digits and sizes in words
+
+
+def digits(these: tuple[Digit, ...]) -> str:
+    """cols 16x2: two steps of 16 along cols; an open size or stride as in spec/README.md."""
+    return ", ".join(
+        f"{d.axis} {d.stride or 'top '}x{'…' if d.size == REST else d.size}{' down' if d.reverse else ''}"
+        for d in these
+    )
+
+
+def sizes(placed: Placed) -> list[int]:
+    """The sizes whose products are the stored dimensions: of all digits, then words or record bytes."""
+    found = [d.size for d in placed.over]
+    if len(placed.members) > 1:
+        return [*found, placed.cell_bytes]
+    (only,) = placed.members
+    found += [d.size for d in only.units]
+    return found if only.words == 1 or any(d.axis == WORD for d in placed.over) else [*found, only.words]
+
+
+def formulas(layout: Layout) -> dict[str, list[str]]:
+    """For every component, its `sizes` as formulas in rows and cols: "cols/32", "18", "rows".
+
+    Each size is a monomial, so three shapes give it away: one, twice its rows, twice its cols.
+    """
+    pad = lcm(*(a.per * a.pad for a in layout.axes))
+    rows, cols = (64 * lcm(n, pad) for n in layout.block.values())
+    fitted = [layout.fit(*shape).components for shape in ((rows, cols), (2 * rows, cols), (rows, 2 * cols))]
+    return {
+        one[0].name: [
+            formula(here, {"rows": (tall // here == 2, rows), "cols": (wide // here == 2, cols)})
+            for here, tall, wide in zip(*map(sizes, one), strict=True)
+        ]
+        for one in zip(*fitted, strict=True)
+    }
+
+
+def formula(number: int, grows: dict[str, tuple[bool, int]]) -> str:
+    """The number as a fraction of the sides that it grows with."""
+    factor, text = Fraction(number), ""
+    for side, (with_it, extent) in grows.items():
+        if with_it:
+            factor /= extent
+            text += ("*" if text else "") + side
+    if not text:
+        return str(number)
+    text += f"*{factor.numerator}" if factor.numerator > 1 else ""
+    return text + (f"/{factor.denominator}" if factor.denominator > 1 else "")
+
+
+def shape(component: Component, names: list[str]) -> str:
+    """The stored shape, in rows and cols."""
+    dims = component.dims or ((1, len(names) - 1) if len(names) > 1 else (1,))
+    out, at = [], 0
+    for n in dims:
+        out.append(" * ".join(s for s in names[at : at + n] if s != "1") or "1")
+        at += n
+    return f"({', '.join(out)}{',' if len(out) == 1 else ''})"
+
+
+# ---------------------------------------------------------------- the table
+
+
+def where(m: Codes | Values) -> str:
+    """The digits of a member, units before fields."""
+    if isinstance(m, Values):
+        return digits(m.digits) or "one"
+    units, fields = digits(m.units), digits(m.fields)
+    return f"{units or 'one unit'}; fields {fields}" if fields else units or "one"
+
+
+def width(m: Codes | Values) -> str:
+    if isinstance(m, Values):
+        return dtype_of(m.dtype).name
+    text = f"{m.bits} bit{'s' if m.bits > 1 else ''} in {dtype_of(m.word).name}"
+    text += f", bits {m.low} up of the code" if m.low else ""
+    return text + (f", below {m.levels}" if m.levels else "")
+
+
+def position(m: Member) -> str:
+    """Where a member starts in the cell."""
+    return f"byte {m.start // 8}" + (f" bit {m.start % 8}" if m.start % 8 else "")
+
+
+def table(layout: Layout) -> str:
+    """The generated part of a format's page."""
+    names, block = formulas(layout), layout.block
+    placed = {c.name: c for c in layout.fit(block["rows"], block["cols"]).components}
+    lines = [row(*COLUMNS), "|---" * len(COLUMNS) + "|"]
+    for c in layout.components:
+        if isinstance(c, Stream):
+            lines.append(row(f"`{c.name}`", f"{dtype_of(c.dtype).name} (any,)", "", "", f"`{c.name}`", "", "", c.doc))
+            continue
+        first = (f"`{c.name}`", f"{dtype_of(placed[c.name].dtype).name} {shape(c, names[c.name])}", digits(c.over))
+        for m, resolved in zip(c.cell, placed[c.name].members, strict=True):
+            lines.append(row(*first, position(resolved), f"`{m.name}`", width(m), where(m), m.doc or c.doc))
+            first = ("", "", "")
+    grid = ", ".join([f"`{layout.grid.name}`", *(f"{k} = {number(v)}" for k, v in layout.grid.params)])
+    needs = " and ".join(f"{n} {side}" for side, n in block.items() if n > 1) or "nothing"
+    lines += [
+        "",
+        f"- needs a multiple of: {needs}",
+        f"- bits a weight: {layout.bits_per_weight:.6g}",
+        f"- grid: {grid}",
+    ]
+    return "\n".join([*lines, f"- id: `{layout.id}`", ""])
+
+
+def row(*cells: str) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+
+def number(value: object) -> str:
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(number, value)) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ---------------------------------------------------------------- pages
+
+
+def main() -> int:
+    check, findings = "--check" in sys.argv, []
+    for name in house.formats():
+        page = PAGES / f"{name}.md"
+        if name not in DENSE and not any((VECTORS / name).glob("*")):
+            findings.append(f"spec/vectors/{name}: missing; a format needs bytes that another tool made")
+        if not page.exists():
+            findings.append(f"{house.place(page)}: missing; copy the headings of another page")
+            continue
+        old = page.read_text()
+        headings = re.findall(r"^(#{1,2} .*?)\s*$", re.sub(r"^```.*?^```", "", old, flags=re.M | re.S), re.M)
+        if headings != (wanted := [f"# {name}", *(f"## {h}" for h in HEADINGS)]):
+            findings.append(f"{house.place(page)}: has {', '.join(headings)}; needs {', '.join(wanted)}")
+        if len(MARKS.findall(old)) != 1:
+            findings.append(f"{house.place(page)}: needs one <!-- layout --> and one <!-- /layout -->")
+            continue
+        generated = table(codecs.get(name).layout)
+        new = MARKS.sub(lambda mark, text=generated: mark[1] + text + mark[2], old)  # type: ignore[misc]
+        if new != old and check:
+            findings.append(f"{house.place(page)}: its table is stale; run `make spec`")
+        elif new != old:
+            page.write_text(new)
+    names = {p.stem for p in PAGES.glob("*.md")}
+    findings += [f"spec/formats/{n}.md: no format is called so" for n in sorted(names - set(house.formats()))]
+    return house.tell(findings, f"{len(names)} pages agree with their layouts")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
