@@ -105,7 +105,7 @@ def findings(layout: Layout, parts: Arrays) -> list[str]:
     for name, array in parts.items():
         levels = getattr(fitted.get(name), "levels", 0)
         if levels and array.size and (bad := int((array >= levels).sum())):
-            out.append(f"{bad} codes of {name} are {levels} or above, of which none is written")
+            out.append(f"{bad} of {array.size} {name} are {levels} or above, which no encoder writes")
         if array.dtype.kind in "fV" and name != "values" and (bad := int((~np.isfinite(array)).sum())):
             out.append(f"{bad} of {array.size} numbers of {name} are not finite")
     if layout.grid.name == "table" and (bad := int((parts["scale"] == 255).sum())):

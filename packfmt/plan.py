@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 VERSION = 1
 KEEP: Final = "keep"  # as a layout in a rule: leave the tensor as it is
 DENSE_AGAIN: Final = "dense"  # as the layout of a recipe: decode whatever is packed
+WEIGHTS: Final = "linear layer or embedding"  # the reason of a step that packs what is packed by default
 SMALL = 4096  # weights; a tensor below this stays as it is unless a rule says otherwise
 # A small linear layer that picks experts: rounding it changes which expert runs, and saves nothing.
 ROUTER = re.compile(r"(^|\.)(router|gate|ffn_gate_inp)\.weight$")
@@ -242,7 +243,7 @@ def _choose(info: TensorInfo, recipe: Recipe, rules: list[tuple[re.Pattern[str],
         return (KEEP, "dense") if dtype else (DENSE_AGAIN, "packed")
     if why := stays(info.name, info.shape, dtype) if dtype else "":
         return KEEP, why
-    return recipe.to, "linear layer or embedding" if dtype else "packed"
+    return recipe.to, WEIGHTS if dtype else "packed"
 
 
 def stays(name: str, shape: tuple[int, ...], dtype: str) -> str:

@@ -92,7 +92,7 @@ def test_embeddings_ask_for_each_weight_once_by_its_name_in_the_checkpoint():
         unused = set(tensors.keys()) - set(asked)
     assert len(asked) == len(set(asked))
     assert unused == {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}
-    assert demo.cosines(vectors, demo.reference(SENTENCES[:2])) == pytest.approx((1, 1), abs=1e-6)
+    assert demo.cosines(vectors, demo.reference(SENTENCES[:2])) == pytest.approx((1, 1), abs=1e-12)
 
 
 def test_a_text_has_the_same_bits_alone_and_among_longer_ones():

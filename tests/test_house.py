@@ -53,7 +53,7 @@ def tool(monkeypatch: pytest.MonkeyPatch):
         ("packfmt.exporters.gguf", "from ..codecs import q4_0", "exporters imports packfmt.codecs"),
         ("packfmt.kernels.move", "import ml_dtypes", "a kernel imports ml_dtypes"),
         ("packfmt.grids", "from numba import njit", "grids imports numba"),
-        ("packfmt.convert", "import rich.progress", "convert imports rich.progress"),
+        ("packfmt.convert", "import rich.progress", "convert imports rich,"),
         ("packfmt.cellar", "", "'cellar' has no place"),
         ("packfmt.cli", "from packfmt import pack", "import 'pack' from the module that defines it"),
     ],

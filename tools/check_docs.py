@@ -28,14 +28,13 @@ def documented(docstring: str) -> list[str] | None:
     return [name.strip() for entry in entries for name in entry.split(",")]
 
 
-def parameters(node: ast.AST) -> list[str]:
+def parameters(node: Function | ast.ClassDef) -> list[str]:
     """Names in the signature, in order; of a class those of its __init__ or its fields."""
     if isinstance(node, ast.ClassDef):
         for f in node.body:
             if isinstance(f, Function) and f.name == "__init__":
                 return parameters(f)
         return [f.target.id for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
-    assert isinstance(node, Function)
     a = node.args
     names = [x.arg for x in (*a.posonlyargs, *a.args)]
     names += [f"*{a.vararg.arg}"] if a.vararg else []
@@ -47,9 +46,9 @@ def docstrings(name: str, path: Path, tree: ast.Module) -> Iterator[str]:
     """What is wrong with the docstrings of one module."""
     if not ast.get_docstring(tree):
         yield f"{house.place(path)}: {name} has no docstring"
-    for node in tree.body:
-        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
-            yield f"{house.place(path, node)}: {node.name} has no docstring"
+    for top in tree.body:
+        if isinstance(top, Function | ast.ClassDef) and not top.name.startswith("_") and not ast.get_docstring(top):
+            yield f"{house.place(path, top)}: {top.name} has no docstring"
     for node in ast.walk(tree):
         if not isinstance(node, Function | ast.ClassDef):
             continue

@@ -124,13 +124,9 @@ def table(layout: Layout) -> str:
             first = ("", "", "")
     grid = ", ".join([f"`{layout.grid.name}`", *(f"{k} = {number(v)}" for k, v in layout.grid.params)])
     needs = " and ".join(f"{n} {side}" for side, n in block.items() if n > 1) or "nothing"
-    lines += [
-        "",
-        f"- needs a multiple of: {needs}",
-        f"- bits a weight: {layout.bits_per_weight:.6g}",
-        f"- grid: {grid}",
-    ]
-    return "\n".join([*lines, f"- id: `{layout.id}`", ""])
+    facts = {"needs a multiple of": needs, "bits a weight": f"{layout.bits_per_weight:.6g}", "grid": grid}
+    facts["id"] = f"`{layout.id}`"
+    return "\n".join([*lines, "", *(f"- {what}: {value}" for what, value in facts.items()), ""])
 
 
 def row(*cells: str) -> str:

@@ -68,7 +68,7 @@ def formats(json: Json = False) -> int:
         codec = codecs.get(name)
         layout, block = codec.layout, codec.layout.block
         shape = (block["rows"], block["cols"])
-        holds = [c for c in ("safetensors",) if not exporters.get(c).refusal(layout, shape)]
+        holds = [c for c in exporters.NAMES if not exporters.get(c).refusal(layout, shape)]
         rows.append(
             {
                 "layout": name,
@@ -315,7 +315,7 @@ def demo(
     json: Json = False,
 ) -> int:
     """The main job on a real small model, offline: convert it to every layout, check, compare, and tell."""
-    from packfmt.demo import run
+    from packfmt.demo.report import run
 
     return run(out, json)
 

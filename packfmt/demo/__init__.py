@@ -109,8 +109,9 @@ def reference(texts: Sequence[str] = SENTENCES) -> Array:
 
 def cosines(a: Array, b: Array) -> tuple[float, float]:
     """Mean and least cosine between the rows of a and b, both (texts, hidden); 0 for a row of zeros."""
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    products = np.einsum("ij,ij->i", a, b, dtype=np.float64)
+    wide = a.astype(np.float64), b.astype(np.float64)  # so that equal rows give 1 and not a little more
+    lengths = np.linalg.norm(wide[0], axis=1) * np.linalg.norm(wide[1], axis=1)
+    products = np.sum(wide[0] * wide[1], axis=1)
     each = np.divide(products, lengths, out=np.zeros_like(products), where=lengths != 0)
     return float(each.mean()), float(each.min())
 

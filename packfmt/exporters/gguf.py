@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -100,9 +100,7 @@ def name_refusal(name: str) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def write(
-    path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
-) -> None:
+def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None) -> None:
     """Write one file, holding one tensor in memory at a time.
 
     A GGUF's own key-values are carried over as they are, less `general.file_type` if a layout changed.
@@ -160,7 +158,7 @@ def _header(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> tuple[bytes,
         # a scalar becomes one weight: not every reader takes a tensor without dimensions
         entries.append(Entry(s.name, s.shape or (1,), ggml_types()[type_of(s.layout)].number, offset))
         offset += aligned(s.layout.nbytes(*matrix(s.shape)), alignment)
-    return header.build(keyvalues, entries), alignment
+    return header.build(keyvalues, entries, alignment), alignment
 
 
 def _foreign_keys(plan: Plan, extras: Extras) -> dict[str, KeyValue]:
@@ -194,8 +192,10 @@ def _own_keys(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> dict[str, 
     texts = {"tensors": tensors, "layouts": layouts}
     if extras.config is not None:
         texts["config"] = {k: v for k, v in extras.config.items() if k != "quantization_config"}
-    out = {OURS + key: KeyValue("STRING", json.dumps(data, separators=(",", ":"))) for key, data in texts.items()}
-    return {OURS + "version": KeyValue("UINT32", VERSION)} | out
+    out = {OURS + "version": KeyValue("UINT32", VERSION)}
+    for key, data in texts.items():
+        out[OURS + key] = KeyValue("STRING", json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+    return out
 
 
 # ---------------------------------------------------------------- reading
@@ -215,7 +215,7 @@ class GgufSource:
             nbytes = [self._nbytes(e, kind) for e, kind in zip(self._head.entries, kinds, strict=True)]
             header.check_places(path, size, self._head, nbytes)
             self._records, described = self._own()
-            self._find = cache(lambda kind: layouts(NAME, kind))
+            self._layout_of = cache(partial(layouts, NAME))
             self.index = {
                 e.name: self._info(e, kind, n, described)
                 for e, kind, n in zip(self._head.entries, kinds, nbytes, strict=True)
@@ -274,7 +274,7 @@ class GgufSource:
 
     def _info(self, e: Entry, kind: str, nbytes: int, described: dict[str, Layout]) -> TensorInfo:
         record = self._records.get(e.name)
-        layout = DENSE_OF.get(kind) or self._find(kind)
+        layout = DENSE_OF.get(kind) or self._layout_of(kind)
         shape = e.shape
         if record:
             self._check_record(e, kind, record)
@@ -301,7 +301,8 @@ class GgufSource:
                 "another tool changed the tensor and left packfmt's keys: remove them", "PF105",
             )  # fmt: skip
         shape = record["shape"]
-        if not all(type(n) is int and n >= 0 for n in shape) or matrix(tuple(shape)) != matrix(e.shape):
+        fits = len(shape) <= MOST_DIMS and all(type(n) is int and n >= 0 for n in shape)
+        if not fits or matrix(tuple(shape)) != matrix(e.shape):
             raise self._fail(f"{e.name}: is {list(e.shape)}, packfmt.tensors says {shape}", "PF106")
 
     def _own(self) -> tuple[dict[str, dict[str, Any]], dict[str, Layout]]:

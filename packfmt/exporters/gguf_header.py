@@ -134,7 +134,8 @@ class _Reader:
                 out.append(raw[at + 8 : end].decode())
                 at = end
         except UnicodeDecodeError as error:
-            raise self.fail(f"{what}: text {len(out)} is not UTF-8: {error.reason} at its byte {error.start}", "PF103") from error
+            where = f"{what}: text {len(out)}" if count > 1 else what
+            raise self.fail(f"{where} is not UTF-8: {error.reason} at its byte {error.start}", "PF103") from error
         self.at = at
         return out
 
@@ -241,7 +242,8 @@ def check_places(path: Path, size: int, header: Header, nbytes: list[int]) -> No
             raise ContainerError(f"{where}: begins {end - e.offset} bytes before {before} ends", "PF107")
         if e.offset > aligned(end, header.alignment):
             beyond = header.data + e.offset + count - size
-            how = f"ends {beyond} bytes beyond the file" if beyond > 0 else f"begins {e.offset - end} bytes after {before}"
+            how = f"begins {e.offset - end} bytes after {before}"
+            how = f"ends {beyond} bytes beyond the file" if beyond > 0 else how
             raise ContainerError(f"{where}: {how}; tensors must follow each other", "PF107")
         end, before = e.offset + count, e.name
     if not header.entries:
@@ -257,21 +259,19 @@ def check_places(path: Path, size: int, header: Header, nbytes: list[int]) -> No
 # ---------------------------------------------------------------- building
 
 
-def build(keyvalues: Mapping[str, KeyValue], entries: list[Entry]) -> bytes:
+def build(keyvalues: Mapping[str, KeyValue], entries: list[Entry], alignment: int) -> bytes:
     """Everything before the first tensor byte.
 
     Raises
     ------
     PlanError
-        If a key's value is not of its type, or the alignment not one.
+        If a key's value is not of its type.
     """
-    try:
-        alignment = alignment_of(keyvalues)
-    except ValueError as error:
-        raise PlanError(str(error)) from error
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(entries), len(keyvalues))]
     for key, keyvalue in keyvalues.items():
         kind, *items = keyvalue.kind.split(":")
+        if not key:
+            raise PlanError("a key-value without a key, GGUF readers refuse it")
         try:
             parts += [_text(key), struct.pack("<I", KINDS.index(kind)), _pack(kind, items, keyvalue.value)]
         except (struct.error, OverflowError, TypeError, ValueError, AttributeError) as error:
@@ -280,6 +280,8 @@ def build(keyvalues: Mapping[str, KeyValue], entries: list[Entry]) -> bytes:
         n = len(e.shape)
         parts += [_text(e.name), struct.pack(f"<I{n}QIQ", n, *e.shape[::-1], e.type, e.offset)]
     raw = b"".join(parts)
+    if len(raw) > LONGEST:
+        raise PlanError(f"key-values and tensor entries take {len(raw)} bytes, a header holds {LONGEST}")
     return raw.ljust(aligned(len(raw), alignment), b"\0")
 
 
