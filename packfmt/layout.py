@@ -92,7 +92,7 @@ class Codes:
     low: int = 0
     at: int | None = None
     levels: int = 0
-    doc: str = ""
+    doc: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Values:
     name: str
     dtype: str
     digits: tuple[Digit, ...] = ()
-    doc: str = ""
+    doc: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Component:
     over: tuple[Digit, ...]
     cell: tuple[Codes | Values, ...]
     dims: tuple[int, ...] = ()
-    doc: str = ""
+    doc: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class Stream:
 
     name: str
     dtype: str
-    doc: str = ""
+    doc: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

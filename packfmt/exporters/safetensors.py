@@ -196,8 +196,10 @@ class SafetensorsSource:
         self._files: dict[Path, tuple[BinaryIO, Header]] = {}
         self._records: dict[str, dict[str, Any]] = {}
         try:
-            for file in _files(path):
+            weight_map = _weight_map(path)
+            for file in _files(path, weight_map):
                 self._add(file)
+            self._check_index(path, weight_map)
         except BaseException:
             self.close()
             raise
@@ -206,6 +208,11 @@ class SafetensorsSource:
     def close(self) -> None:
         for file, _ in self._files.values():
             file.close()
+
+    def _check_index(self, path: Path, weight_map: Mapping[str, str]) -> None:
+        for name, file in weight_map.items():
+            if name not in self._files[path / file][1].entries:
+                self.problems.append(ContainerError(f"{path / INDEX}: {name} is not in {file}", "PF110"))
 
     def _add(self, path: Path) -> None:
         file = path.open("rb")
@@ -349,21 +356,26 @@ def open(path: Path, layouts: Layouts | None = None) -> SafetensorsSource:
     return source
 
 
-def _files(path: Path) -> list[Path]:
-    """The safetensors files of a model: by its index if it has one, else the only one, or all numbered ones."""
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file, as a folder's index has it; empty without one."""
+    if not path.is_dir() or not (path / INDEX).exists():
+        return {}
+    data = read_json(path / INDEX)
+    found = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ContainerError(f"{path / INDEX}: no weight_map of names", "PF102")
+    for name in set(found.values()):
+        if Path(name).name != name or not (path / name).is_file():
+            raise ContainerError(f"{path / INDEX}: names {name!r}, which is not in the folder", "PF110")
+    return found
+
+
+def _files(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    """The safetensors files of a model: those of its index, or the only one there is."""
     if not path.is_dir():
         return [path]
-    if (path / INDEX).exists():
-        data = read_json(path / INDEX)
-        names = data.get("weight_map") if isinstance(data, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-            raise ContainerError(f"{path / INDEX}: no weight_map of names", "PF102")
-        found = []
-        for name in sorted(set(names.values())):
-            if Path(name).name != name or not (path / name).is_file():
-                raise ContainerError(f"{path / INDEX}: names {name!r}, which is not in the folder", "PF110")
-            found.append(path / name)
-        return found
+    if weight_map:
+        return [path / name for name in sorted(set(weight_map.values()))]
     found = sorted(path.glob("*" + SUFFIX))
     if len(found) > 1 and (path / SINGLE) in found:
         found = [path / SINGLE]
