@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from packfmt.checkpoint import Checkpoint, open
     from packfmt.codec import Array, PackedTensor
-    from packfmt.convert import convert
+    from packfmt.conversion import convert
     from packfmt.errors import ContainerError, LayoutError, MachineError, MismatchError, PackfmtError, PlanError
     from packfmt.layout import Layout
 
@@ -24,7 +24,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "open": "checkpoint",
     "PackedTensor": "codec",
-    "convert": "convert",
+    "convert": "conversion",
     "Layout": "layout",
     "PackfmtError": "errors",
     "LayoutError": "errors",

@@ -11,7 +11,7 @@ from packfmt import exporters
 from packfmt.codec import PackedTensor
 from packfmt.errors import ContainerError
 from packfmt.exporters import Extras, TensorInfo
-from packfmt.layout import Layout
+from packfmt.layout import DENSE, Layout
 
 
 class Checkpoint(Mapping[str, PackedTensor]):
@@ -96,9 +96,11 @@ def container_of(path: Path) -> str:
 
 
 def foreign_layout(container: str, kind: str) -> Layout | None:
-    """The layout that a container calls `kind`, if a format on the shelf says so."""
+    """The layout that a container calls `kind`, if a format on the shelf says so; packfmt's own files use our names."""
     from packfmt import codecs
 
+    if container == "packfmt":
+        return codecs.get(kind).layout if kind in codecs.names() else DENSE.get(kind)
     for name in codecs.names():
         layout = codecs.get(name).layout
         if (container, kind) in layout.also:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 VERSION = 1
 KEEP: Final = "keep"  # as a layout in a rule: leave the tensor as it is
 DENSE_AGAIN: Final = "dense"  # as the layout of a recipe: decode whatever is packed
+MAX_SHARD = 5_000_000_000  # bytes of tensors a file of a safetensors folder, as Hugging Face cuts them
 WEIGHTS: Final = "linear layer or embedding"  # the reason of a step that packs what is packed by default
 SMALL = 4096  # weights; a tensor below this stays as it is unless a rule says otherwise
 # A small linear layer that picks experts: rounding it changes which expert runs, and saves nothing.
@@ -120,7 +121,7 @@ class Recipe:
     overrides: tuple[tuple[str, str], ...] = ()
     fallback: str = ""
     encoder: str = ""
-    max_shard: int = 5_000_000_000  # bytes of tensors a file, as Hugging Face cuts them; safetensors only
+    max_shard: int = MAX_SHARD
 
 
 def make_plan(
@@ -201,7 +202,7 @@ def _step(
     action = _action(info, layout)
     if action == "requantise":
         reason += f"; not exact: {why_inexact(info.layout, layout, info.shape)}"
-    if why_not := container.refusal(layout, info.shape):
+    if why_not := container.refusal(layout, info.shape) or container.name_refusal(info.name):
         raise PlanError(why_not)
     encoder = ""
     if action in ("quantise", "requantise", "cast") and target in shelf:
@@ -332,7 +333,7 @@ def _replayed(s: Any, index: Mapping[str, TensorInfo], container: Container, cod
         layout.fit(*matrix(info.shape))
     except LayoutError as error:
         raise PlanError(f"{name}: {error}") from error
-    if why_not := container.refusal(layout, info.shape):
+    if why_not := container.refusal(layout, info.shape) or container.name_refusal(name):
         raise PlanError(f"{name}: {why_not}")
     action, encoder = _action(info, layout), ""
     if action in ("quantise", "requantise", "cast"):

@@ -5,14 +5,21 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 
+from packfmt import codecs, grids, placement
+from packfmt.layout import Codes, Component, Digit, Layout, cols, grid, rows
+
 ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "spec" / "README.md").read_text()
 CHECKS = (
     "check_imports.py",
     "check_kernels.py",
@@ -31,6 +38,12 @@ def test_the_tree_keeps_the_rule(check: str) -> None:
         [sys.executable, str(ROOT / "tools" / script), *flags], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def example(mark: str) -> str:
+    """What stands between the marks of an example in spec/README.md."""
+    (found,) = re.findall(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, re.S)
+    return found
 
 
 @pytest.fixture
@@ -53,7 +66,7 @@ def tool(monkeypatch: pytest.MonkeyPatch):
         ("packfmt.exporters.gguf", "from ..codecs import q4_0", "exporters imports packfmt.codecs"),
         ("packfmt.kernels.move", "import ml_dtypes", "a kernel imports ml_dtypes"),
         ("packfmt.grids", "from numba import njit", "grids imports numba"),
-        ("packfmt.convert", "import rich.progress", "convert imports rich,"),
+        ("packfmt.conversion", "import rich.progress", "conversion imports rich,"),
         ("packfmt.cellar", "", "'cellar' has no place"),
         ("packfmt.cli", "from packfmt import pack", "import 'pack' from the module that defines it"),
     ],
@@ -69,7 +82,7 @@ def test_the_import_law_names_a_breach(tool, module: str, source: str, found: st
     [
         ("packfmt.layout", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from packfmt.codec import Codec"),
         ("packfmt.codecs.q4_0", "from packfmt import grids\nfrom packfmt.errors import LayoutError\nimport numpy"),
-        ("packfmt.cli", "from packfmt import __version__, convert"),
+        ("packfmt.cli", "from packfmt import __version__, conversion"),
     ],
 )
 def test_the_import_law_allows_what_it_says(tool, module: str, source: str) -> None:
@@ -142,6 +155,47 @@ def test_a_name_cannot_come_to_mean_other_bytes(tool) -> None:
     assert f"{name} has id" in check.broken_promises(changed, now)[0]
     assert check.broken_promises(now, now) == []
     assert "is gone" in check.broken_promises(now, {})[0]
+
+
+def test_the_spec_readme_gives_the_canonical_text_and_id_of_q4_0() -> None:
+    layout = codecs.get("q4_0").layout
+    assert example("canonical").split() == [layout.canonical, layout.id]
+
+
+def test_the_spec_readme_example_of_a_record() -> None:
+    blocks = np.frombuffer(bytes.fromhex(example("record")), np.uint8).reshape(1, 18)
+    weight = grids.decode(codecs.get("q4_0").layout, (1, 32), {"blocks": blocks})
+    assert weight.tolist() == [[(c - 8) / 2 for c in (*range(16), *range(15, -1, -1))]]
+
+
+def test_the_spec_readme_example_of_fields_across_words() -> None:
+    codes = Codes("codes", 3, (), (cols(1, 32),), "<u4")
+    layout = Layout("three", (Component("words", (cols(32), Digit("word"), rows()), (codes,)),), grid("affine", zero=4))
+    parts = {"codes": np.tile(np.arange(8, dtype=np.uint8), 4).reshape(1, 32)}
+    words = placement.pack(layout, (1, 32), parts)["words"].ravel()
+    told = re.findall(r"^\| \d \| (0x\w{8}) \|", README, re.M)
+    assert [f"0x{w:08x}" for w in words] == told and len(told) == 3
+
+
+def test_the_spec_readme_example_of_bit_planes() -> None:
+    codes = Codes("codes", 1, (), (cols(1, 8),))
+    layout = Layout(
+        "two", (Component("planes", (Digit("bit", 1, 2), rows(), cols(8)), (codes,)),), grid("affine", zero=1)
+    )
+    packed = placement.pack(layout, (1, 8), {"codes": np.array([[0, 1, 2, 3, 3, 2, 1, 0]], np.uint8)})
+    told = re.search(r"= (0x5a), plane 1 is 0011\s1100\s=\s(0x\w\w)", README)
+    assert told and [int(x, 16) for x in told.groups()] == packed["planes"].ravel().tolist()
+
+
+def test_the_format_that_contributing_adds_works() -> None:
+    (source,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    room: dict[str, Any] = {}
+    exec(compile(source, "CONTRIBUTING.md", "exec"), room)
+    weight = np.array([[-7, 7, 0.5, 1.5, *[0] * 60, *[0] * 64]], np.float32)
+    packed = room["CODEC"].encode(weight)
+    assert packed.components["codes"].shape == (1, 64)
+    assert packed.components["codes"][0, :2].tobytes() == bytes([0xF1, 0xA8])
+    assert packed.decode().tolist() == [[-7, 7, 0, 2, *[0] * 124]]
 
 
 def test_vectors_must_be_listed_and_have_their_hash(tool, tmp_path: Path, monkeypatch) -> None:

@@ -1,7 +1,7 @@
 """The import law: who may know whom, and what starting up may load.
 
     errors <- layout <- placement <- grids <- codec <- plan, codecs, exporters <- checkpoint
-           <- convert, verify <- hub, cli
+           <- verify <- conversion <- hub, cli
 
 Imports inside functions count; those under `if TYPE_CHECKING` do not.
 """
@@ -30,11 +30,11 @@ LAW = {
     "exporters": "layout codec plan",
     "checkpoint": "layout placement grids codec plan codecs exporters",
     "verify": "layout placement grids codec plan codecs exporters checkpoint kernels",
-    "convert": "layout placement grids codec plan codecs exporters checkpoint kernels verify",
-    "hub": "layout codec plan codecs exporters checkpoint convert verify",
-    "demo": "layout grids codec plan codecs exporters checkpoint convert verify",
-    "cli": "layout grids codec plan codecs exporters checkpoint convert verify hub demo",
-    "": "layout grids codec plan codecs exporters checkpoint convert verify hub kernels",
+    "conversion": "layout placement grids codec plan codecs exporters checkpoint kernels verify",
+    "hub": "layout codec plan codecs exporters checkpoint conversion verify",
+    "demo": "layout grids codec plan codecs exporters checkpoint conversion verify",
+    "cli": "layout grids codec plan codecs exporters checkpoint conversion verify hub demo",
+    "": "layout grids codec plan codecs exporters checkpoint conversion verify hub kernels",
 }
 # what comes from outside -> the rooms that may import it
 ONLY_IN = {

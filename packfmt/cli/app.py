@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -113,7 +114,7 @@ def convert(
 ) -> int:
     """Convert a model: pack its weights, carry everything else over."""
     from packfmt import checkpoint
-    from packfmt import convert as work
+    from packfmt import conversion as work
     from packfmt.cli import show
 
     with checkpoint.open(source) as model:
@@ -297,7 +298,7 @@ def decode(
 ) -> int:
     """Turn a packed model back into a dense checkpoint."""
     from packfmt import checkpoint
-    from packfmt import convert as work
+    from packfmt import conversion as work
     from packfmt.cli import show
 
     with checkpoint.open(source) as model:
@@ -315,9 +316,40 @@ def demo(
     json: Json = False,
 ) -> int:
     """The main job on a real small model, offline: convert it to every layout, check, compare, and tell."""
-    from packfmt.demo.report import run
+    import tempfile
+    from dataclasses import asdict
 
-    return run(out, json)
+    from packfmt.cli import show
+    from packfmt.demo import report
+    from packfmt.errors import PlanError
+
+    if out is not None:
+        if out.exists():
+            raise PlanError(f"{out}: exists; choose another folder")
+        out.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="packfmt-demo-") as scratch:
+        done = []
+        for row, findings in report.rows(out or Path(scratch)):
+            done.append((row, findings))
+            print(f"{row.layout}: converted, validated, verified in {row.seconds:.1f} s", file=sys.stderr)
+    if json:
+        show.as_json([asdict(row) for row, _ in done])
+    else:
+        show.table(
+            ("layout", "bits/weight", "size", "ratio", "rel. RMS error", "cosine mean", "cosine min", "seconds", "note"),
+            [
+                (r.layout, f"{r.bits_per_weight:.5g}", show.size(r.nbytes), f"{r.ratio:.2f}", f"{r.error:.3g}",
+                 f"{r.cosine_mean:.6f}", f"{r.cosine_min:.6f}", f"{r.seconds:.2f}", r.note)
+                for r, _ in done
+            ],
+        )  # fmt: skip
+        print("against the float32 model: error of the weights that got the layout, cosines of 36 sentences' embeddings")
+        if out:
+            print(f"the models are in {out}")
+    for _, findings in done:
+        for f in findings:
+            print(f"{f.where}: {f.rule} {f.severity}: {f.message}", file=sys.stderr)
+    return FOUND if any(findings for _, findings in done) else GOOD
 
 
 # ---------------------------------------------------------------- shared by the commands
@@ -350,7 +382,7 @@ def _bytes(text: str) -> int:
 
 
 def _plan(model: Checkpoint, target: Path, recipe: Recipe, export: str, saved: Path | None) -> Plan:
-    from packfmt import convert as work
+    from packfmt import conversion as work
 
     if saved:
         return work.saved_plan(saved, model, target, export)

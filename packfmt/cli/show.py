@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def _numeric(cell: str) -> bool:
-    return not cell or cell[0].isdigit() or cell[0] in "+-" and len(cell) > 1
+    return re.fullmatch(r"([-+]?[\d.,]+(e[-+]?\d+)?|inf|nan)?( ?[kMGT]?B)?", cell) is not None
 
 
 def size(nbytes: float) -> str:

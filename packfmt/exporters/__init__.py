@@ -3,12 +3,13 @@
 A module has
 
     NAME
-    refusal(layout, shape)                       why it cannot hold such a tensor, or ""
+    refusal(layout, shape), name_refusal(name)   why it cannot hold such a tensor, or ""
     write(path, plan, tensors, extras, check)    one tensor at a time; `path` appears only when whole and checked
     open(path, layouts)                          a Source
 
 A container knows names, offsets and bytes. It never looks inside a block and never meets a codec:
-`layouts(container, type name)` tells it which layout a foreign type is.
+`layouts(container, type name)` tells it which layout a foreign type is, and `layouts("packfmt", name)` which
+installed layout bears a name.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Container(Protocol):
     NAME: str
 
     def refusal(self, layout: Layout, shape: tuple[int, ...]) -> str: ...
+    def name_refusal(self, name: str) -> str: ...
     def write(
         self, path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
     ) -> None: ...

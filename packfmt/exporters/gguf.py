@@ -35,7 +35,7 @@ from packfmt.exporters.whole import Check, whole_file
 from packfmt.layout import DENSE, DTYPES, Layout, Stream, dtype_of
 from packfmt.plan import Plan, Step
 
-NAME, SUFFIX = "gguf", ".gguf"
+NAME = "gguf"
 VERSION = 1  # of packfmt's own keys
 OURS = "packfmt."
 DENSE_OF = {name.upper(): DENSE[name] for name in ("f32", "f16", "bf16", "f64", "i8", "i16", "i32", "i64")}

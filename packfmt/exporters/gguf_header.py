@@ -50,6 +50,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
+    """What stands before the tensors' bytes."""
+
     keyvalues: dict[str, KeyValue]
     entries: tuple[Entry, ...]
     alignment: int
@@ -57,6 +59,7 @@ class Header:
 
 
 def aligned(n: int, alignment: int) -> int:
+    """The first multiple of `alignment` from `n` on."""
     return -(-n // alignment) * alignment
 
 
@@ -217,6 +220,8 @@ class _Reader:
 
     def _entry(self, i: int) -> Entry:
         (name,) = self.texts(1, f"the name of tensor {i}")
+        if not name or any(c < " " or "\x7f" <= c < "\xa0" for c in name):  # it will stand on somebody's terminal
+            raise self.fail(f"tensor {i} is called {name!r}, needs a name that can be printed", "PF102")
         n_dims = self.number("I", name)
         if n_dims > MOST_DIMS:
             raise self.fail(f"{name}: {n_dims} dimensions, needs {MOST_DIMS} or fewer", "PF106")

@@ -42,6 +42,11 @@ def refusal(layout: Layout, shape: tuple[int, ...]) -> str:
     return ""
 
 
+def name_refusal(name: str) -> str:
+    """Why no tensor can bear this name; empty if one can."""
+    return f"the name {name!r}, which the format keeps for itself" if name == "__metadata__" else ""
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -62,6 +67,7 @@ def write(
     if path.suffix == SUFFIX:
         with whole_file(path, check) as file:
             _write_tensors(file, plan.steps, stream)
+            _check_exhausted(plan, stream)
         return
     with whole_folder(path, check) as folder:
         places: dict[str, str] = {}
@@ -70,6 +76,7 @@ def write(
             with whole_file(folder / name) as file:
                 entries = _write_tensors(file, steps, stream)
             places |= dict.fromkeys(entries, name)
+        _check_exhausted(plan, stream)
         if set(places.values()) != {SINGLE}:
             total = sum((folder / name).stat().st_size for name in set(places.values()))
             _dump(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
@@ -78,34 +85,49 @@ def write(
 
 def _write_tensors(file: BinaryIO, steps: tuple[Step, ...], tensors: Iterator[PackedTensor]) -> dict[str, Entry]:
     """All tensors of one file, then its header, for which room was left."""
-    lengths: dict[str, int] = {}
-    room = len(_header(steps, lengths, {s.name: dict.fromkeys(_files_of(s), "0" * 64) for s in steps})[1])
-    sums: dict[str, dict[str, str]] = {}
-    entries, _ = _header(steps, lengths, {})
-    tail = max((e.end for e in entries.values() if e.end < UNKNOWN_LENGTH), default=0)
+    writing = _Writing(file, steps)
     for step in steps:
-        tensor = next(tensors)
-        _check_announced(step, tensor)
-        sums[step.name] = {}
+        writing.add(step, next(tensors, None))
+    return writing.finish()
+
+
+class _Writing:
+    """One file while it is written: tensors go to places known from the plan, streams behind all of them."""
+
+    def __init__(self, file: BinaryIO, steps: tuple[Step, ...]) -> None:
+        self.file, self.steps = file, steps
+        self.sums: dict[str, dict[str, str]] = {}
+        self.lengths: dict[str, int] = {}  # of streams
+        unknown = {s.name: dict.fromkeys(_files_of(s), "0" * 64) for s in steps}
+        self.entries, text = _header(steps, self.lengths, unknown)
+        self.room = len(text)
+        self.end = max((e.end for e in self.entries.values() if e.end < UNKNOWN_LENGTH), default=0)
+
+    def add(self, step: Step, tensor: PackedTensor | None) -> None:
+        if tensor is None or (tensor.layout, tensor.shape) != (step.layout, step.shape):
+            got = "nothing" if tensor is None else f"{tensor.layout.name} {tensor.shape}"
+            raise PlanError(f"{step.name}: got {got}, planned {step.layout.name} {step.shape}")
+        self.sums[step.name] = {}
         for component, name in _files_of(step).items():
-            data = np.ascontiguousarray(tensor.components[component]).reshape(-1).view(np.uint8)
-            begin = entries[name].begin
+            data = np.ascontiguousarray(tensor.components[component]).reshape(-1).view(np.uint8).data
+            begin = self.entries[name].begin
             if begin >= UNKNOWN_LENGTH:
-                begin, lengths[name], tail = tail, len(data), tail + len(data)
-            file.seek(8 + room + begin)
-            file.write(data.data)
-            sums[step.name][component] = sha256(data.data).hexdigest()
-    entries, text = _header(steps, lengths, sums)
-    file.seek(0)
-    file.write(room.to_bytes(8, "little") + text.ljust(room))
-    return entries
+                begin, self.lengths[name] = self.end, len(data)
+                self.end += len(data)
+            self.file.seek(8 + self.room + begin)
+            self.file.write(data)
+            self.sums[step.name][component] = sha256(data).hexdigest()
+
+    def finish(self) -> dict[str, Entry]:
+        entries, text = _header(self.steps, self.lengths, self.sums)
+        self.file.seek(0)
+        self.file.write(self.room.to_bytes(8, "little") + text.ljust(self.room))
+        return entries
 
 
-def _check_announced(step: Step, tensor: PackedTensor) -> None:
-    if (tensor.layout.id, tensor.shape) != (step.layout.id, step.shape):
-        raise PlanError(
-            f"{step.name}: got {tensor.layout.name} {tensor.shape}, planned {step.layout.name} {step.shape}"
-        )
+def _check_exhausted(plan: Plan, tensors: Iterator[PackedTensor]) -> None:
+    if next(tensors, None) is not None:
+        raise PlanError(f"more tensors than the {len(plan.steps)} planned")
 
 
 def _files_of(step: Step) -> dict[str, str]:
@@ -189,8 +211,9 @@ KEYVALUES = "gguf_keyvalues.json"  # a GGUF's metadata, so that it can become a 
 class SafetensorsSource:
     """A safetensors file, or a folder of them; `problems` are what the headers get wrong."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, layouts: Layouts) -> None:
         self.path = path
+        self._layouts = layouts
         self.problems: list[ContainerError] = []
         self.index: dict[str, TensorInfo] = {}
         self._files: dict[Path, tuple[BinaryIO, Header]] = {}
@@ -257,6 +280,9 @@ class SafetensorsSource:
                     f"{where}: the description of {known[key].name!r} has SHA-256 {known[key].id[:16]}, "
                     f"it is filed as {key[:16]}", "PF111",
                 )  # fmt: skip
+            # the installed one also knows what other containers call it
+            installed = self._layouts("packfmt", known[key].name)
+            known[key] = installed if installed == known[key] else known[key]
         out = {}
         for name, record in tensors.items():
             try:
@@ -341,7 +367,7 @@ def _read_array(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
     return raw.view(dtype_of(DTYPES[e.dtype])).reshape(e.shape)
 
 
-def open(path: Path, layouts: Layouts | None = None) -> SafetensorsSource:
+def open(path: Path, layouts: Layouts) -> SafetensorsSource:
     """Open a file or folder and check all headers; no tensor is read.
 
     Raises
@@ -349,7 +375,7 @@ def open(path: Path, layouts: Layouts | None = None) -> SafetensorsSource:
     ContainerError
         For the first thing that is not what it should be.
     """
-    source = SafetensorsSource(path)
+    source = SafetensorsSource(path, layouts)
     if source.problems:
         source.close()
         raise source.problems[0]
@@ -391,15 +417,20 @@ def _read_extras(path: Path) -> Extras:
     config = read_json(path / CONFIG) if (path / CONFIG).exists() else None
     if config is not None and not isinstance(config, dict):
         raise ContainerError(f"{path / CONFIG}: not a record", "PF102")
-    files = {
-        str(f.relative_to(path)): f
-        for f in sorted(path.rglob("*"))
-        if f.is_file()
-        and f.suffix not in WEIGHTS
-        and f.name not in (CONFIG, INDEX, KEYVALUES)
-        and not any(part.startswith(".") and part != ".gitattributes" for part in f.relative_to(path).parts)
-    }
+    files = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file() and _carried(f, path)}
     return Extras(config, files, read_keyvalues(path / KEYVALUES) if (path / KEYVALUES).exists() else {})
+
+
+def _carried(file: Path, folder: Path) -> bool:
+    """Whether a file goes along as it is: all but the weights, what is written anew, and hidden files.
+
+    A safetensors file in a folder below holds another module's few weights (2_Dense of sentence-transformers).
+    """
+    name = file.relative_to(folder)
+    hidden = any(part.startswith(".") and part != ".gitattributes" for part in name.parts)
+    below = len(name.parts) > 1
+    weights = file.suffix in WEIGHTS and not (below and file.suffix == SUFFIX)
+    return not hidden and not weights and (below or file.name not in (CONFIG, INDEX, KEYVALUES))
 
 
 def read_json(path: Path) -> Any:

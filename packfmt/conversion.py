@@ -18,7 +18,7 @@ from packfmt.checkpoint import Checkpoint
 from packfmt.codec import PackedTensor, dense_dtype, dense_values
 from packfmt.errors import ContainerError, LayoutError, MachineError, PlanError
 from packfmt.layout import DENSE
-from packfmt.plan import DENSE_AGAIN, RESTORED, Plan, Recipe, Step, from_json, make_plan
+from packfmt.plan import DENSE_AGAIN, MAX_SHARD, RESTORED, Plan, Recipe, Step, from_json, make_plan
 
 Progress = Callable[[Step], None]  # called when a step is done
 SPARE = 1 << 20  # bytes of disk wanted beside the tensors, for headers
@@ -44,7 +44,7 @@ def convert(
     fallback: str = "",
     encoder: str = "",
     container: str = "",
-    max_shard: int = Recipe.max_shard,
+    max_shard: int = MAX_SHARD,
     check: bool = False,
     force: bool = False,
 ) -> Report:

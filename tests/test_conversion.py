@@ -1,0 +1,344 @@
+"""Conversions end to end: what arrives, what is left when something goes wrong, and how much is held."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import packfmt
+from packfmt import checkpoint, codecs, conversion, verify
+from packfmt.errors import ContainerError, LayoutError, MachineError, MismatchError, PlanError
+from packfmt.plan import Recipe
+from tests.models import BF16, folder, normal, same, tensors
+
+PACKING = tuple(n for n in codecs.names() if codecs.get(n).layout.grid.name != "plain")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return folder(tmp_path / "model")
+
+
+def left(path: Path) -> list[str]:
+    """What lies in a folder besides the source."""
+    return sorted(p.name for p in path.iterdir() if p.name != "model")
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors", ".gguf"])
+@pytest.mark.parametrize("name", codecs.names())
+def test_every_layout_arrives_in_every_container(model: Path, tmp_path: Path, name: str, suffix: str) -> None:
+    target = tmp_path / f"out{suffix}"
+    report = conversion.convert(model, target, name, check=True)
+    codec = codecs.get(name)
+    with checkpoint.open(target) as out:
+        assert out.keys() == tensors().keys()
+        for tensor, weight in tensors().items():
+            step = next(s for s in report.plan.steps if s.name == tensor)
+            got = out[tensor]
+            assert (got.layout, got.shape) == (step.layout, weight.shape)
+            if step.layout == codec.layout:
+                want = codec.encode(weight)
+                assert all(same(got.components[k], v) for k, v in want.components.items())
+            else:
+                assert same(verify.values(got), weight)
+    assert verify.validate(target) == []
+    assert left(tmp_path) == [target.name]
+
+
+def test_a_folder_brings_config_and_side_files_along(model: Path, tmp_path: Path) -> None:
+    conversion.convert(model, tmp_path / "out", "q4_0")
+    out = tmp_path / "out"
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == [
+        "1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    assert json.loads((out / "config.json").read_text()) == {
+        "model_type": "toy",
+        "hidden_size": 256,
+        "quantization_config": {"quant_method": "packfmt", "version": 1, "layouts": ["q4_0"]},
+    }
+    with checkpoint.open(out) as packed:
+        conversion.run(conversion.decode_plan(packed, tmp_path / "dense"), packed, tmp_path / "dense")
+    assert json.loads((tmp_path / "dense" / "config.json").read_text()) == {"model_type": "toy", "hidden_size": 256}
+    dense = load_file(tmp_path / "dense" / "model.safetensors")  # others' readers find all tensors under their names
+    with checkpoint.open(out) as packed:
+        assert all(same(dense[n], verify.values(packed[n])) for n in packed)
+
+
+def test_shards_hold_the_same_tensors_as_one_file(model: Path, tmp_path: Path) -> None:
+    conversion.convert(model, tmp_path / "one", "q8_0")
+    conversion.convert(model, tmp_path / "many", "q8_0", max_shard=20_000)
+    files = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    for name, array in whole.items():
+        assert same(load_file(tmp_path / "many" / index["weight_map"][name])[name], array)
+    with checkpoint.open(tmp_path / "one") as a, checkpoint.open(tmp_path / "many") as b:
+        assert all(d.same_bytes for d in verify.compare(a, b))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, BF16, *(
+    getattr(ml_dtypes, n) for n in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+)])  # fmt: skip
+def test_every_float_dtype_is_a_source(tmp_path: Path, dtype: type) -> None:
+    weight = (normal(64, 128) * 8).astype(dtype)
+    save_file({"a.weight": weight}, tmp_path / "in.safetensors")
+    conversion.convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "q8_0")
+    with checkpoint.open(tmp_path / "out.safetensors") as out:
+        got = out["a.weight"]
+    want = codecs.get("q8_0").encode(weight.astype(np.float32))
+    assert same(got.components["blocks"], want.components["blocks"])
+    assert got.dtype == np.dtype(dtype).name
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_containers_convert_into_each_other_without_touching_a_byte(model: Path, tmp_path: Path, name: str) -> None:
+    ways = [tmp_path / "a", tmp_path / "b.gguf", tmp_path / "c", tmp_path / "d.gguf", tmp_path / "e.safetensors"]
+    conversion.convert(model, ways[0], name)
+    for source, target in zip(ways, ways[1:], strict=False):
+        report = conversion.convert(source, target, name)
+        assert {s.action for s in report.plan.steps} == {"keep"}
+    with checkpoint.open(ways[0]) as first, checkpoint.open(ways[-1]) as last:
+        assert all(d.same_bytes for d in verify.compare(first, last))
+    # the config went through the GGUF; files that it has no place for did not
+    assert json.loads((ways[2] / "config.json").read_text()) == json.loads((ways[0] / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "MXFP4", "TQ2_0"])
+def test_a_gguf_of_others_is_a_source(tmp_path: Path, kind: str) -> None:
+    weight = normal(8, 512, dtype=np.float32)
+    raw = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
+    writer = gguf.GGUFWriter(tmp_path / "in.gguf", "llama")
+    writer.add_uint32("llama.block_count", 3)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    conversion.convert(tmp_path / "in.gguf", tmp_path / "out", kind.lower())
+    with checkpoint.open(tmp_path / "out") as out:
+        got = out["blk.0.ffn_up.weight"]
+        assert same(got.components["blocks"], raw)
+        assert same(got.decode(), gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]))
+    conversion.convert(tmp_path / "out", tmp_path / "again.gguf", kind.lower())
+    reader = gguf.GGUFReader(tmp_path / "again.gguf")
+    assert reader.fields["llama.block_count"].contents() == 3
+    assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
+    assert reader.fields["general.architecture"].contents() == "llama"
+    assert reader.tensors[0].data.tobytes() == raw.tobytes()
+
+
+def test_quantising_again_decodes_first_and_the_plan_says_why(model: Path, tmp_path: Path) -> None:
+    conversion.convert(model, tmp_path / "q8", "q8_0")
+    report = conversion.convert(tmp_path / "q8", tmp_path / "q4", "q4_0")
+    step = next(s for s in report.plan.steps if s.name == "embed.weight")
+    assert step.action == "requantise" and "not exact: the grid is affine {'zero': 0}" in step.reason
+    with checkpoint.open(tmp_path / "q8") as q8, checkpoint.open(tmp_path / "q4") as q4:
+        want = codecs.get("q4_0").encode(q8["embed.weight"].decode())
+        assert same(q4["embed.weight"].components["blocks"], want.components["blocks"])
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_a_weight_that_is_not_a_number_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    weight = normal(64, 64, dtype=np.float32)
+    weight[3, 5] = np.nan
+    folder(tmp_path / "model", {"good.weight": normal(64, 64), "bad.weight": weight})
+    with pytest.raises(LayoutError, match=r"bad\.weight: q8_0: 1 weights are not finite, the first at \[3, 5\]"):
+        conversion.convert(tmp_path / "model", tmp_path / "out", "q8_0")
+    assert left(tmp_path) == []
+
+
+def test_a_target_that_exists_is_kept_unless_forced(model: Path, tmp_path: Path) -> None:
+    for target in (tmp_path / "out", tmp_path / "out.gguf"):
+        conversion.convert(model, target, "q8_0")
+        with pytest.raises(PlanError, match="exists; choose another destination or say --force"):
+            conversion.convert(model, target, "q4_0")
+        conversion.convert(model, target, "q4_0", force=True)
+        with checkpoint.open(target) as out:
+            assert out["embed.weight"].layout.name == "q4_0"
+    assert left(tmp_path) == ["out", "out.gguf"]
+
+
+def test_force_does_not_delete_what_packfmt_did_not_write(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(PlanError, match="a folder that packfmt did not write"):
+        conversion.convert(model, tmp_path / "photos", "q8_0", force=True)
+    assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
+
+
+def test_the_source_is_never_its_own_target(model: Path, tmp_path: Path) -> None:
+    file = model / "model.safetensors"
+    before = file.read_bytes()
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "link.safetensors").symlink_to(file)
+    os.link(file, tmp_path / "hard.safetensors")
+    for source, target in (
+        (model, model),
+        (model, tmp_path),
+        (model, tmp_path / "link"),
+        (model, file),
+        (file, tmp_path / "link.safetensors"),
+        (file, tmp_path / "hard.safetensors"),
+    ):
+        with pytest.raises(PlanError, match="is the source or holds it"):
+            conversion.convert(source, target, "q8_0", force=True)
+    assert file.read_bytes() == before
+
+
+def test_a_missing_folder_is_told_before_anything_is_read(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="nowhere: no such folder; make it first"):
+        conversion.convert(model, tmp_path / "nowhere" / "out", "q8_0")
+
+
+def test_too_small_a_disk_is_told_before_anything_is_read(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a plan for a petabyte, on the disk as it is
+    with checkpoint.open(model) as source:
+        plan = conversion.plan_for(source, tmp_path / "out", Recipe("q8_0"))
+        monkeypatch.setattr(type(plan), "nbytes", property(lambda self: 10**15))
+        with pytest.raises(MachineError, match="bytes free, this conversion needs 1,000,0"):
+            conversion.run(plan, source, tmp_path / "out")
+    assert left(tmp_path) == []
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_told(model: Path, tmp_path: Path) -> None:
+    with checkpoint.open(model) as source:
+        plan = conversion.plan_for(source, tmp_path / "out", Recipe("q8_0"))
+        os.truncate(model / "model.safetensors", 4000)
+        with pytest.raises(ContainerError, match="the file shrank while it was read"):
+            conversion.run(plan, source, tmp_path / "out")
+    assert left(tmp_path) == []
+
+
+def test_verification_finds_what_the_disk_changed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = verify.check_output
+
+    def after_the_disk_lied(path: Path, container: str) -> None:
+        with (path / "model.safetensors").open("r+b") as file:
+            file.seek(-5, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-5, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 16]))
+        honest(path, container)
+
+    monkeypatch.setattr(verify, "check_output", after_the_disk_lied)
+    with pytest.raises(ContainerError, match="are not those that were written"):
+        conversion.convert(model, tmp_path / "out", "q8_0", check=True)
+    assert left(tmp_path) == []
+
+
+def test_verification_finds_a_law_that_is_broken(tmp_path: Path) -> None:
+    bad = Path(__file__).parent.parent / "spec" / "bad"
+    with pytest.raises(MismatchError, match=r"layer\.weight: verification failed: 8 bytes of 'words' change"):
+        verify.check_output(bad / "spare_bits.safetensors", "safetensors")
+    with pytest.raises(MismatchError, match=r"layer\.weight: verification failed: decodes to numbers that are not"):
+        verify.check_output(bad / "nan_scale.safetensors", "safetensors")
+
+
+RUN = "import sys; from packfmt.cli import run; sys.exit(run(sys.argv[1:]))"
+
+
+def command(*arguments: object, limit: int = 0) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, whose files may have at most `limit` bytes."""
+
+    def before() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    words = [sys.executable, "-c", RUN, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=before)
+
+
+def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    for target in (tmp_path / "out", tmp_path / "out.gguf"):
+        done = command("convert", model, target, "--to", "f32", limit=100_000)
+        assert done.returncode == 3, done.stderr
+        assert done.stderr == f"packfmt: {target}: File too large\n"
+    assert left(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_told(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(MachineError, match="locked: may not be written"):
+        conversion.convert(model, tmp_path / "locked" / "out", "q8_0")
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors", ".gguf"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_conversion_leaves_nothing_under_the_final_name(tmp_path: Path, suffix: str, how: signal.Signals) -> None:
+    model = folder(tmp_path / "model", {f"layers.{i}.weight": normal(1024, 1024, seed=i) for i in range(24)})
+    target = tmp_path / f"out{suffix}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, "convert", str(model), str(target), "--to", "mxfp4"], stderr=subprocess.PIPE, text=True
+    )
+    partial = tmp_path / f"out{suffix}.partial"
+    for _ in range(2000):
+        if partial.exists():
+            break
+        time.sleep(0.005)
+    process.send_signal(how)
+    _, errors = process.communicate()
+    assert not target.exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and errors == "packfmt: interrupted; nothing was left half-written\n"
+        assert left(tmp_path) == []
+        return
+    assert left(tmp_path) == [partial.name]
+    done = command("convert", model, target, "--to", "mxfp4")
+    assert done.returncode == 3
+    assert done.stderr == f"packfmt: {partial}: another conversion writes here, or one was killed; remove it and repeat\n"
+
+
+def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
+    count, side = 12, 1024
+    model = folder(tmp_path / "model", {f"layers.{i}.weight": normal(side, side, seed=i) for i in range(count)})
+    conversion.convert(model, tmp_path / "warm", "q4_0")  # compile first
+    with checkpoint.open(model) as source:
+        plan = conversion.plan_for(source, tmp_path / "out", Recipe("q4_0"))
+        tracemalloc.start()
+        conversion.run(plan, source, tmp_path / "out", check=True)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < plan.working_set + 3_000_000, (peak, plan.working_set)
+    assert plan.working_set < count * side * side  # far below the model's 4 bytes a weight
+
+
+# ---------------------------------------------------------------- the front door
+
+
+def test_the_package_does_what_its_docstring_says(model: Path, tmp_path: Path) -> None:
+    weight = normal(64, 256)
+    packed = packfmt.pack(weight, "q4_0")
+    assert (packed.nbytes, packed.layout.bits_per_weight, packed.decode().shape) == (64 * 256 // 32 * 18, 4.5, (64, 256))
+    packfmt.convert(model, tmp_path / "out", to="mxfp4", overrides={r"embed": "q8_0"})
+    with packfmt.open(tmp_path / "out") as out:
+        assert out["embed.weight"].layout.name == "q8_0" and len(out) == len(tensors())
+    assert "q4_0" in packfmt.formats()
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import packfmt, sys; print(sorted({'numba', 'onnx', 'huggingface_hub', 'numpy', 'gguf'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PACKFMT_THREADS", "2")
+    yield
