@@ -6,6 +6,7 @@ Run by hand after adding a case: python tools/make_bad.py. A file that exists ke
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import tempfile
 from collections.abc import Callable
@@ -294,6 +295,107 @@ def _() -> bytes:
 def _() -> bytes:
     """No byte at all."""
     return b""
+
+
+def foreign(*tensors: tuple[bytes, tuple[int, ...], int, int], size: int = 64, pairs: bytes = b"", count: int = -1) -> bytes:
+    """A GGUF as others write it: (name, dims, ggml type, offset) a tensor, then `size` bytes of zeros."""
+    entries = b""
+    for name, dims, kind, offset in tensors:
+        entries += struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        entries += struct.pack("<IQ", kind, offset)
+    n_pairs = pairs.count(b"general.")
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors) if count < 0 else count, n_pairs) + pairs + entries
+    return head.ljust(-(-len(head) // 32) * 32, b"\0") + bytes(size)
+
+
+F32, Q8_0 = 0, 8
+
+
+@case("truncated.gguf", "PF101")
+def _() -> bytes:
+    """The last tensor and its padding are cut short by 26 bytes."""
+    return good("gguf")[:-26]
+
+
+@case("flipped_bit.gguf", "PF109")
+def _() -> bytes:
+    """One bit of the packed weights is not as it was written."""
+    data = bytearray(good("gguf"))
+    data[-100] ^= 4
+    return bytes(data)
+
+
+@case("not_a_gguf.gguf", "PF100")
+def _() -> bytes:
+    """A file of another kind under this name."""
+    return b"PK\3\4" + bytes(60)
+
+
+@case("big_endian.gguf", "PF100")
+def _() -> bytes:
+    """A header with its bytes in the other order."""
+    return b"GGUF\0\0\0\3" + foreign((b"w", (16,), F32, 0))[8:]
+
+
+@case("absurd_tensor_count.gguf", "PF102")
+def _() -> bytes:
+    """The header claims 2**63 tensors."""
+    return foreign((b"w", (16,), F32, 0), count=1 << 63)
+
+
+@case("name_is_not_utf8.gguf", "PF103")
+def _() -> bytes:
+    """A tensor's name holds a byte that UTF-8 never has."""
+    return foreign((b"w\xff", (16,), F32, 0))
+
+
+@case("name_twice.gguf", "PF104")
+def _() -> bytes:
+    """Two tensors have one name."""
+    return foreign((b"w", (8,), F32, 0), (b"w", (8,), F32, 32))
+
+
+@case("unknown_type.gguf", "PF105")
+def _() -> bytes:
+    """A tensor's type has a number that ggml never gave."""
+    return foreign((b"w", (16,), 200, 0))
+
+
+@case("columns_do_not_fill_blocks.gguf", "PF106")
+def _() -> bytes:
+    """A Q8_0 tensor has 48 columns, of which blocks of 32 cannot be made."""
+    return foreign((b"w", (48,), Q8_0, 0))
+
+
+@case("dimensions_overflow.gguf", "PF106")
+def _() -> bytes:
+    """The product of a tensor's dimensions does not fit in 64 bits."""
+    return foreign((b"w", (1 << 32, 1 << 32), F32, 0))
+
+
+@case("overlapping_offsets.gguf", "PF107")
+def _() -> bytes:
+    """Two tensors begin at the same byte."""
+    return foreign((b"v", (8,), F32, 0), (b"w", (8,), F32, 0))
+
+
+@case("unaligned_offset.gguf", "PF107")
+def _() -> bytes:
+    """A tensor begins at byte 16, and the alignment is 32."""
+    return foreign((b"v", (4,), F32, 0), (b"w", (4,), F32, 16))
+
+
+@case("trailing_bytes.gguf", "PF108")
+def _() -> bytes:
+    """Seven bytes follow the last tensor and its padding."""
+    return foreign((b"w", (16,), F32, 0), size=64 + 7)
+
+
+@case("nan_scale.gguf", "PF120")
+def _() -> bytes:
+    """The scale of a Q8_0 block is NaN, in a file without checksums."""
+    block = struct.pack("<H32b", 0x7E00, *range(32))
+    return foreign((b"w", (32,), Q8_0, 0), size=0) + block.ljust(64, b"\0")
 
 
 def main() -> int:

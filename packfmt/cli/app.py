@@ -123,6 +123,9 @@ def convert(
             return _show_plan(plan, json)
         with show.progress(plan, quiet=json) as done:
             report = work.run(plan, model, target, check=verify, force=force, progress=done)
+        behind = list(model.extras.files) if target.is_file() else []
+    if behind:
+        print(f"not taken along, for {target.name} is one file: {', '.join(behind)}", file=sys.stderr)
     if json:
         sizes = {"source_bytes": report.source_bytes, "bytes": report.bytes, "seconds": round(report.seconds, 3)}
         show.as_json({"path": str(report.path), **sizes, "verified": verify, "plan": plan.to_json()})

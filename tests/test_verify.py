@@ -1,0 +1,70 @@
+"""Validation, and the laws that it checks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from packfmt import checkpoint, codecs, verify
+from packfmt.codec import PackedTensor
+from packfmt.layout import DENSE
+from tests.models import folder, normal
+
+BAD = Path(__file__).parent.parent / "spec" / "bad"
+CASES = json.loads((BAD / "cases.json").read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_broken_file_is_told_by_its_rule(name: str) -> None:
+    found = verify.validate(BAD / name)
+    assert [f.rule for f in found] == [CASES[name]["rule"]]
+    assert "\n" not in found[0].message and found[0].where.startswith(str(BAD / name))
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {c["rule"] for c in CASES.values()} == verify.RULES.keys()
+
+
+def test_each_level_sees_what_it_should() -> None:
+    for name, least in (("wrong_shape", "header"), ("other_bytes_under_our_name", "structure"), ("nan_scale", "data")):
+        levels = [level for level in verify.LEVELS if verify.validate(BAD / f"{name}.safetensors", level)]
+        assert levels == list(verify.LEVELS[verify.LEVELS.index(least) :]), name
+
+
+def test_a_broken_file_in_a_folder_is_named(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m", shards=2)
+    file = path / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    (found,) = verify.validate(path)
+    assert found.rule == "PF101" and file.name in found.message
+
+
+def dense(values: object) -> PackedTensor:
+    array = np.atleast_1d(np.array(values, np.float32))
+    return PackedTensor(DENSE["f32"], array.shape, {"values": array.reshape(-1, array.shape[-1])})
+
+
+def test_the_error_is_relative_to_the_first_in_float64() -> None:
+    found = verify.difference("w", dense([3, 4]), dense([3, 4.5]))
+    assert (found.same_bytes, found.same_values) == (False, False)
+    assert (found.relative_rms, found.largest) == (0.1, 0.5)
+    assert verify.difference("w", dense([0, 0]), dense([0, 1])).relative_rms == float("inf")
+    assert verify.difference("w", dense([0, 0]), dense([0.0, -0.0])).same_values
+    assert not verify.difference("w", dense([0, 0]), dense([0.0, -0.0])).same_bytes
+
+
+def test_the_same_values_in_another_layout_are_the_same_values() -> None:
+    packed = codecs.get("q8_0").encode(normal(4, 64, dtype=np.float32))
+    found = verify.difference("w", packed, dense(packed.decode()))
+    assert (found.same_bytes, found.same_values, found.note) == (False, True, "q8_0 against f32")
+
+
+def test_names_that_only_one_model_has_are_told(tmp_path: Path) -> None:
+    a = folder(tmp_path / "a", {"x": normal(3), "y": normal(4)})
+    b = folder(tmp_path / "b", {"y": normal(4), "z": normal(5)})
+    with checkpoint.open(a) as left, checkpoint.open(b) as right:
+        found = {d.name: (d.same_bytes, d.note) for d in verify.compare(left, right)}
+    assert found == {"x": (False, f"only in {a}"), "y": (True, ""), "z": (False, f"only in {b}")}
