@@ -1,9 +1,9 @@
 """packfmt packs model weights into low-bit and lossless layouts whose bytes are specified, proved and portable.
 
-    packed = packfmt.pack(weight, "q4_0")
-    packed.decode(); packed.nbytes; packed.layout.bits_per_weight
-    with packfmt.open("out/") as model: model["layers.0.mlp.up_proj.weight"].decode()
-    packfmt.convert("model/", "out/", to="mxfp4", overrides={r"lm_head": "q8_0"})
+packed = packfmt.pack(weight, "q4_0")
+packed.decode(); packed.nbytes; packed.layout.bits_per_weight
+with packfmt.open("out/") as model: model["layers.0.mlp.up_proj.weight"].decode()
+packfmt.convert("model/", "out/", to="mxfp4", overrides={r"lm_head": "q8_0"})
 """
 
 from __future__ import annotations

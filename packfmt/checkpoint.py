@@ -78,7 +78,9 @@ def container_of(path: Path) -> str:
         if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
             return "safetensors"
         if ggufs := sorted(path.glob("*.gguf")):
-            raise ContainerError(f"{path}: a folder of GGUF files; name one: {', '.join(g.name for g in ggufs[:4])}", "PF100")
+            raise ContainerError(
+                f"{path}: a folder of GGUF files; name one: {', '.join(g.name for g in ggufs[:4])}", "PF100"
+            )
         if pickles := [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]:
             raise ContainerError(
                 f"{path}: only pickled weights ({pickles[0]}), which can run code when opened; "

@@ -101,7 +101,8 @@ class PackedTensor:
 def why_inexact(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
     """Why repacking a tensor of this shape would change a number; empty if it is exact."""
     if source.grid != target.grid:
-        return f"the grid is {source.grid.name} {dict(source.grid.params)}, there {target.grid.name} {dict(target.grid.params)}"
+        mine, theirs = (f"{grid.name} {dict(grid.params)}" for grid in (source.grid, target.grid))
+        return f"the grid is {mine}, there {theirs}"
     return placement.difference(source, target, matrix(shape))
 
 

@@ -177,8 +177,10 @@ def decode_plan(model: Checkpoint, target: Path, dtype: str = "") -> Plan:
     if dtype:
         if dtype not in RESTORED:
             raise PlanError(f"cannot decode to {dtype!r}; there are {', '.join(RESTORED)}")
-        other = {"layout": DENSE[dtype], "dtype": dense_dtype(DENSE[dtype])}
-        steps = tuple(replace(s, **other) if s.action == "decode" else s for s in plan.steps)
+        dense = DENSE[dtype]
+        steps = tuple(
+            replace(s, layout=dense, dtype=dense_dtype(dense)) if s.action == "decode" else s for s in plan.steps
+        )
         plan = replace(plan, steps=steps)
     if not any(s.action == "decode" for s in plan.steps):
         raise PlanError(f"{model.path}: nothing is packed")

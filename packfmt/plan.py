@@ -188,14 +188,18 @@ def _step(
     container: Container,
 ) -> Step:
     if info.layout is None:
-        raise PlanError(f"stored as {info.kind}, which no layout of packfmt describes; convert it with the tool that made it")
+        raise PlanError(
+            f"stored as {info.kind}, which no layout of packfmt describes; convert it with the tool that made it"
+        )
     target, reason = _choose(info, recipe, rules)
     if info.name + "_scale_inv" in index:
         raise PlanError("has a weight_scale_inv beside it, so its numbers alone are not the weight; not read yet")
     if target not in (KEEP, DENSE_AGAIN) and not _fits(shelf[target].layout, info.shape):
         if not recipe.fallback:
             have, need = matrix(info.shape)[1], shelf[target].layout.block["cols"]
-            raise PlanError(f"{have} columns, {target} needs a multiple of {need}; choose with --fallback LAYOUT or --map")
+            raise PlanError(
+                f"{have} columns, {target} needs a multiple of {need}; choose with --fallback LAYOUT or --map"
+            )
         target, reason = recipe.fallback, f"--fallback, as {matrix(info.shape)[1]} columns do not fill {target}"
     layout = _layout(info, target, shelf)
     layout.fit(*matrix(info.shape))  # the fallback may not fit either

@@ -49,7 +49,12 @@ def test_formats_lists_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said.out.splitlines()
     assert said.code == 0 and said.err == ""
     assert [line.split()[0] for line in lines[1:]] == list(codecs.names())
-    assert next(line for line in lines if line.startswith("mxfp4")).split()[:4] == ["mxfp4", "4.25", "1x32", "safetensors,"]
+    assert next(line for line in lines if line.startswith("mxfp4")).split()[:4] == [
+        "mxfp4",
+        "4.25",
+        "1x32",
+        "safetensors,",
+    ]
     found = {f["layout"]: f for f in Said(capsys, "formats", "--json").json}
     assert found["q8_0"]["bits_per_weight"] == 8.5 and found["q8_0"]["id"] == codecs.get("q8_0").layout.id
     assert found["tq2_0"]["containers"] == ["safetensors", "gguf"]
@@ -66,11 +71,15 @@ def test_convert_tells_what_it_did(model: Path, tmp_path: Path, capsys: pytest.C
 def test_convert_in_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = Said(capsys, "convert", model, tmp_path / "out", "--to", "q8_0", "--json")
     data = said.json
-    assert said.code == 0 and data["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").rglob("*") if f.is_file())
+    assert said.code == 0 and data["bytes"] == sum(
+        f.stat().st_size for f in (tmp_path / "out").rglob("*") if f.is_file()
+    )
     assert {s["name"] for s in data["plan"]["steps"]} == tensors().keys()
 
 
-def test_dry_run_and_plan_write_nothing_and_say_the_same(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_and_plan_write_nothing_and_say_the_same(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dry = Said(capsys, "convert", model, tmp_path / "out", "--to", "q4_0", "--dry-run", "--json")
     plan = Said(capsys, "plan", model, "--to", "q4_0", "--json")
     assert dry.code == plan.code == 0 and dry.json == plan.json
@@ -80,7 +89,9 @@ def test_dry_run_and_plan_write_nothing_and_say_the_same(model: Path, tmp_path: 
 
 
 def test_a_saved_plan_is_replayed(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "plan.json").write_text(Said(capsys, "plan", model, "--to", "q4_0", "--map", "embed=q8_0", "--json").out)
+    (tmp_path / "plan.json").write_text(
+        Said(capsys, "plan", model, "--to", "q4_0", "--map", "embed=q8_0", "--json").out
+    )
     said = Said(capsys, "convert", model, tmp_path / "out", "--plan", tmp_path / "plan.json")
     assert said.code == 0
     found = {t["name"]: t["layout"] for t in Said(capsys, "inspect", tmp_path / "out", "--json").json["tensors"]}
@@ -105,7 +116,10 @@ def test_validate_says_good_or_which_rule(packed: Path, capsys: pytest.CaptureFi
     bad = BAD / "flipped_bit.safetensors"
     said = Said(capsys, "validate", packed, bad)
     assert said.code == 1
-    assert said.out.splitlines()[1] == f"{bad}: layer.weight: PF109 error: the bytes of 'blocks' are not those that were written"
+    assert (
+        said.out.splitlines()[1]
+        == f"{bad}: layer.weight: PF109 error: the bytes of 'blocks' are not those that were written"
+    )
     data = Said(capsys, "validate", bad, "--level", "structure", "--json")
     assert data.code == 0 and data.json == [{"path": str(bad), "level": "structure", "findings": []}]
     assert Said(capsys, "validate", BAD / "dense_nan.safetensors").code == 0  # a warning
@@ -125,7 +139,9 @@ def test_verify_checks_laws_and_measures_errors(model: Path, packed: Path, capsy
     assert said.code == 1 and said.out.endswith("1 tensors, 1 break a law\n")
 
 
-def test_diff_tells_how_far_apart(model: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_tells_how_far_apart(
+    model: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     same = Said(capsys, "diff", packed, packed)
     assert (same.code, same.out) == (0, "8 tensors have the same bytes, 0 the same values, 0 differ\n")
     apart = Said(capsys, "diff", model, packed)
@@ -154,17 +170,33 @@ def test_decode_says_what_it_wrote(packed: Path, tmp_path: Path, capsys: pytest.
         ("convert {model} {out} --to q4_0 --map embed", 2, "'embed' is not REGEX=LAYOUT"),
         ("convert {model} {out} --to q4_0 --max-shard-size 5XB", 2, "'5XB' is not a size such as 5GB or 500MB"),
         ("convert {model} {out} --to q4_0 --max-shard-size 1.2.3GB", 2, "'1.2.3GB' is not a size such as 5GB"),
-        ("convert {model} {out} --to q4_0 --export zip", 2, "no container is called 'zip'; there are safetensors, gguf"),
+        (
+            "convert {model} {out} --to q4_0 --export zip",
+            2,
+            "no container is called 'zip'; there are safetensors, gguf",
+        ),
         ("convert {model} {out} --to q4_0 --bogus", 2, "bogus"),
         ("convert {model} {out} --to q4_0 --plan x.json", 2, "--to LAYOUT"),
         ("convert {tmp}/modle {out} --to q4_0", 3, "{tmp}/modle: no such file or folder; did you mean model?"),
         ("convert {tmp}/model/config.json {out} --to q4_0", 3, "config.json: neither .safetensors nor .gguf"),
         ("convert {tmp}/empty {out} --to q4_0", 3, "{tmp}/empty: no safetensors or GGUF file in this folder"),
         ("convert {tmp}/pickled {out} --to q4_0", 3, "only pickled weights (pytorch_model.bin), which can run code"),
-        ("convert {bad}/truncated.safetensors {out} --to q8_0", 3, "582 bytes of tensors, the header needs 592; truncated"),
-        ("convert {bad}/flipped_bit.safetensors {out} --to q8_0", 3, "the bytes of 'blocks' are not those that were written"),
+        (
+            "convert {bad}/truncated.safetensors {out} --to q8_0",
+            3,
+            "582 bytes of tensors, the header needs 592; truncated",
+        ),
+        (
+            "convert {bad}/flipped_bit.safetensors {out} --to q8_0",
+            3,
+            "the bytes of 'blocks' are not those that were written",
+        ),
         ("inspect {bad}/absurd_header_length.safetensors", 3, "a header of 1152921504606846976 bytes"),
-        ("inspect {bad}/git_lfs_pointer.safetensors", 3, "a Git LFS pointer, not the file it stands for; run git lfs pull"),
+        (
+            "inspect {bad}/git_lfs_pointer.safetensors",
+            3,
+            "a Git LFS pointer, not the file it stands for; run git lfs pull",
+        ),
         ("validate {tmp}/nothing.gguf", 1, ""),
         ("convert", 2, "Missing argument"),
         ("frobnicate", 2, "No such command 'frobnicate'"),
@@ -185,13 +217,21 @@ def test_a_wrong_command_is_one_line_and_leaves_nothing(
 
 
 def test_help_answers_without_loading_what_it_does_not_need() -> None:
-    code = "import sys; from packfmt.cli import run; run(['--help']); print(sorted({'numpy', 'numba', 'onnx', 'huggingface_hub', 'gguf'} & set(sys.modules)))"
+    heavy = "{'numpy', 'numba', 'onnx', 'huggingface_hub', 'gguf'}"
+    code = f"import sys; from packfmt.cli import run; run(['--help']); print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("[]\n") and "convert" in done.stdout
 
 
 def test_sizes_and_tables_read_well(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [show.size(n) for n in (0, 999, 1000, 123456, 7.5e9, 2e12)] == ["0 B", "999 B", "1 kB", "123 kB", "7.5 GB", "2 TB"]
+    assert [show.size(n) for n in (0, 999, 1000, 123456, 7.5e9, 2e12)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "123 kB",
+        "7.5 GB",
+        "2 TB",
+    ]
     show.table(("name", "n", "note"), [("a", 1, "3 of 4"), ("long", 20.5, "")])
     assert capsys.readouterr().out == "name     n  note\na        1  3 of 4\nlong  20.5\n"
 
@@ -216,7 +256,9 @@ def test_progress_is_a_bar_on_a_terminal(model: Path, tmp_path: Path) -> None:
     parent, child = pty.openpty()
     code = "import sys; from packfmt.cli import run; sys.exit(run(sys.argv[1:]))"
     words = [sys.executable, "-c", code, "convert", str(model), str(tmp_path / "out"), "--to", "q8_0"]
-    process = subprocess.Popen(words, stderr=child, stdout=subprocess.PIPE, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"})
+    process = subprocess.Popen(
+        words, stderr=child, stdout=subprocess.PIPE, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    )
     process.communicate()
     os.close(child)
     seen = b""

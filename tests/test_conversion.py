@@ -11,6 +11,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -109,7 +110,7 @@ def test_every_float_dtype_is_a_source(tmp_path: Path, dtype: type) -> None:
 def test_containers_convert_into_each_other_without_touching_a_byte(model: Path, tmp_path: Path, name: str) -> None:
     ways = [tmp_path / "a", tmp_path / "b.gguf", tmp_path / "c", tmp_path / "d.gguf", tmp_path / "e.safetensors"]
     conversion.convert(model, ways[0], name)
-    for source, target in zip(ways, ways[1:], strict=False):
+    for source, target in pairwise(ways):
         report = conversion.convert(source, target, name)
         assert {s.action for s in report.plan.steps} == {"keep"}
     with checkpoint.open(ways[0]) as first, checkpoint.open(ways[-1]) as last:
@@ -207,7 +208,9 @@ def test_a_missing_folder_is_told_before_anything_is_read(model: Path, tmp_path:
         conversion.convert(model, tmp_path / "nowhere" / "out", "q8_0")
 
 
-def test_too_small_a_disk_is_told_before_anything_is_read(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_small_a_disk_is_told_before_anything_is_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # a plan for a petabyte, on the disk as it is
     with checkpoint.open(model) as source:
         plan = conversion.plan_for(source, tmp_path / "out", Recipe("q8_0"))
@@ -282,11 +285,15 @@ def test_a_folder_that_may_not_be_written_is_told(model: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("suffix", ["", ".safetensors", ".gguf"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_conversion_leaves_nothing_under_the_final_name(tmp_path: Path, suffix: str, how: signal.Signals) -> None:
+def test_a_killed_conversion_leaves_nothing_under_the_final_name(
+    tmp_path: Path, suffix: str, how: signal.Signals
+) -> None:
     model = folder(tmp_path / "model", {f"layers.{i}.weight": normal(1024, 1024, seed=i) for i in range(24)})
     target = tmp_path / f"out{suffix}"
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, "convert", str(model), str(target), "--to", "mxfp4"], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", RUN, "convert", str(model), str(target), "--to", "mxfp4"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     partial = tmp_path / f"out{suffix}.partial"
     for _ in range(2000):
@@ -303,7 +310,9 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(tmp_path: Path,
     assert left(tmp_path) == [partial.name]
     done = command("convert", model, target, "--to", "mxfp4")
     assert done.returncode == 3
-    assert done.stderr == f"packfmt: {partial}: another conversion writes here, or one was killed; remove it and repeat\n"
+    assert (
+        done.stderr == f"packfmt: {partial}: another conversion writes here, or one was killed; remove it and repeat\n"
+    )
 
 
 def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
@@ -326,7 +335,11 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
 def test_the_package_does_what_its_docstring_says(model: Path, tmp_path: Path) -> None:
     weight = normal(64, 256)
     packed = packfmt.pack(weight, "q4_0")
-    assert (packed.nbytes, packed.layout.bits_per_weight, packed.decode().shape) == (64 * 256 // 32 * 18, 4.5, (64, 256))
+    assert (packed.nbytes, packed.layout.bits_per_weight, packed.decode().shape) == (
+        64 * 256 // 32 * 18,
+        4.5,
+        (64, 256),
+    )
     packfmt.convert(model, tmp_path / "out", to="mxfp4", overrides={r"embed": "q8_0"})
     with packfmt.open(tmp_path / "out") as out:
         assert out["embed.weight"].layout.name == "q8_0" and len(out) == len(tensors())
@@ -334,7 +347,9 @@ def test_the_package_does_what_its_docstring_says(model: Path, tmp_path: Path) -
 
 
 def test_importing_the_package_is_cheap() -> None:
-    code = "import packfmt, sys; print(sorted({'numba', 'onnx', 'huggingface_hub', 'numpy', 'gguf'} & set(sys.modules)))"
+    code = (
+        "import packfmt, sys; print(sorted({'numba', 'onnx', 'huggingface_hub', 'numpy', 'gguf'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 GOOD, FOUND, REFUSED, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -22,9 +23,11 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Everything that goes wrong is told in one line on stderr."""
     from typer.exceptions import Abort, TyperException
 
-    from packfmt.cli.app import app
+    from packfmt.cli.options import app
     from packfmt.errors import MismatchError, PackfmtError, PlanError
 
+    for room in ("making", "reading"):  # each adds its commands to the application
+        import_module(f"packfmt.cli.{room}")
     try:
         result = app(arguments, prog_name="packfmt", standalone_mode=False)
         if result == INTERRUPTED:

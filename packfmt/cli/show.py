@@ -86,6 +86,8 @@ def _lines(total: int, count: int, every: float = 5.0) -> Callable[[Step], None]
         if now - last >= every:
             last, rate = now, done / (now - begin)
             left = (total - done) / rate
-            print(f"{done / total:4.0%}  {steps}/{count}  {size(rate)}/s  {left:.0f} s left  {step.name}", file=sys.stderr)
+            print(
+                f"{done / total:4.0%}  {steps}/{count}  {size(rate)}/s  {left:.0f} s left  {step.name}", file=sys.stderr
+            )
 
     return line

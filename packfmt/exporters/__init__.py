@@ -70,6 +70,7 @@ class Source(Protocol):
     def extras(self) -> Extras: ...
     def read(self, name: str) -> PackedTensor:
         """The tensor, a dense one in a layout of `layout.DENSE`; its checksum is checked where there is one."""
+
     def close(self) -> None: ...
 
 

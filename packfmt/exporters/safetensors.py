@@ -50,9 +50,7 @@ def name_refusal(name: str) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def write(
-    path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
-) -> None:
+def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None) -> None:
     """Write one file if `path` ends in .safetensors, else a folder in Hugging Face's form.
 
     A folder gets config.json with a `quantization_config`, all side files, and an index if the plan
@@ -247,9 +245,7 @@ class SafetensorsSource:
         dense = {n: self._dense(path, n, e) for n, e in found.entries.items() if n not in used}
         for name, info in (packed | dense).items():
             if name in self.index:
-                self.problems.append(
-                    ContainerError(f"{path}: {name} is also in {self.index[name].file.name}", "PF104")
-                )
+                self.problems.append(ContainerError(f"{path}: {name} is also in {self.index[name].file.name}", "PF104"))
             self.index[name] = info
 
     def _dense(self, path: Path, name: str, e: Entry) -> TensorInfo:
@@ -329,7 +325,8 @@ class SafetensorsSource:
             shape = info.shape if dense_dtype(info.layout) else c.shape
             if e.dtype != NAME_OF[c.dtype]:
                 raise ContainerError(
-                    f"{where}: component {component!r} is {e.dtype}, {info.layout.name} needs {NAME_OF[c.dtype]}", "PF105"
+                    f"{where}: component {component!r} is {e.dtype}, {info.layout.name} needs {NAME_OF[c.dtype]}",
+                    "PF105",
                 )
             if e.shape != shape:
                 raise ContainerError(
@@ -362,7 +359,7 @@ def _read_array(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
     e = found.entries[name]
     raw = np.empty(e.end - e.begin, np.uint8)
     file.seek(found.data + e.begin)
-    if (got := file.readinto(raw.data)) != len(raw):
+    if (got := file.readinto(raw.data)) != len(raw):  # type: ignore[attr-defined]
         raise ContainerError(f"{path}: {name}: {got} of {len(raw)} bytes; the file shrank while it was read", "PF101")
     return raw.view(dtype_of(DTYPES[e.dtype])).reshape(e.shape)
 

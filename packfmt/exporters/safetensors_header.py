@@ -109,9 +109,7 @@ def _entry(where: str, value: Any) -> Entry:
         raise ContainerError(f"{where}: offsets {offsets!r}, needs two ascending whole numbers", "PF107")
     bits = prod(shape) * element_bits(dtype)
     if bits != 8 * (offsets[1] - offsets[0]):
-        raise ContainerError(
-            f"{where}: {offsets[1] - offsets[0]} bytes, {dtype} {shape} needs {bits / 8:g}", "PF106"
-        )
+        raise ContainerError(f"{where}: {offsets[1] - offsets[0]} bytes, {dtype} {shape} needs {bits / 8:g}", "PF106")
     return Entry(dtype, tuple(shape), *offsets)
 
 

@@ -1,0 +1,231 @@
+"""Commands that make something, or say what they would make: convert, plan, decode, demo.
+
+Heavy modules are imported inside the commands: --help answers before NumPy would have loaded.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from packfmt.cli import FOUND, GOOD
+from packfmt.cli.options import Encoder, Export, Fallback, Force, Json, Maps, Saved, Shard, Source, Target, To, app
+
+if TYPE_CHECKING:
+    from packfmt.checkpoint import Checkpoint
+    from packfmt.demo import Row
+    from packfmt.plan import Plan, Recipe
+
+
+@app.command()
+def convert(
+    source: Source,
+    target: Target,
+    to: To = "",
+    maps: Maps = None,
+    fallback: Fallback = "",
+    encoder: Encoder = "",
+    export: Export = "",
+    max_shard_size: Shard = "5GB",
+    saved: Saved = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read everything back and check it before DST gets its name")
+    ] = False,
+    force: Force = False,
+    json: Json = False,
+) -> int:
+    """Convert a model. Packs its weights and carries everything else over; DST appears only when whole."""
+    from packfmt import checkpoint
+    from packfmt import conversion as work
+    from packfmt.cli import show
+
+    with checkpoint.open(source) as model:
+        plan = _plan(model, target, _recipe(to, maps, fallback, encoder, max_shard_size, saved), export, saved)
+        if dry_run:
+            return _show_plan(plan, json)
+        with show.progress(plan, quiet=json) as done:
+            report = work.run(plan, model, target, check=verify, force=force, progress=done)
+        behind = list(model.extras.files) if target.is_file() else []
+    if behind:
+        print(f"not taken along, for {target.name} is one file: {', '.join(behind)}", file=sys.stderr)
+    if json:
+        sizes = {"source_bytes": report.source_bytes, "bytes": report.bytes, "seconds": round(report.seconds, 3)}
+        show.as_json({"path": str(report.path), **sizes, "verified": verify, "plan": plan.to_json()})
+    else:
+        _show_summary(plan)
+        ratio = report.source_bytes / max(1, report.bytes)
+        checked = ", verified" if verify else ""
+        print(f"{target}: {show.size(report.bytes)}, {ratio:.2f} times smaller, {report.seconds:.1f} s{checked}")
+    return GOOD
+
+
+@app.command()
+def plan(
+    source: Source,
+    to: To = "",
+    maps: Maps = None,
+    fallback: Fallback = "",
+    encoder: Encoder = "",
+    export: Export = "safetensors",
+    max_shard_size: Shard = "5GB",
+    json: Json = False,
+) -> int:
+    """Show what a conversion would do. Every tensor, what becomes of it, bytes, and why; no weight is read."""
+    from packfmt import checkpoint
+
+    with checkpoint.open(source) as model:
+        recipe = _recipe(to, maps, fallback, encoder, max_shard_size, None)
+        return _show_plan(_plan(model, Path("out"), recipe, export, None), json)
+
+
+@app.command()
+def decode(
+    source: Source,
+    target: Target,
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="f32, f16 or bf16; default: what each weight was before")
+    ] = "",
+    force: Force = False,
+) -> int:
+    """Turn a packed model back into a dense one."""
+    from packfmt import checkpoint
+    from packfmt import conversion as work
+    from packfmt.cli import show
+
+    with checkpoint.open(source) as model:
+        plan = work.decode_plan(model, target, dtype)
+        with show.progress(plan) as done:
+            report = work.run(plan, model, target, force=force, progress=done)
+    _show_summary(plan)
+    print(f"{target}: {show.size(report.bytes)}, {report.seconds:.1f} s")
+    return GOOD
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="keep the converted models here")] = None,
+    json: Json = False,
+) -> int:
+    """Run the main job on a real small model. Offline: convert it to every layout, check each, and compare."""
+    import tempfile
+    from dataclasses import asdict
+
+    from packfmt.cli import show
+    from packfmt.demo import report
+    from packfmt.errors import PlanError
+
+    if out is not None:
+        if out.exists():
+            raise PlanError(f"{out}: exists; choose another folder")
+        out.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="packfmt-demo-") as scratch:
+        done = []
+        for row, findings in report.rows(out or Path(scratch)):
+            done.append((row, findings))
+            print(f"{row.layout}: converted, validated, verified in {row.seconds:.1f} s", file=sys.stderr)
+    if json:
+        show.as_json([asdict(row) for row, _ in done])
+    else:
+        heads = ("layout", "bits/weight", "size", "ratio", "rel. RMS error", "cosine", "least", "seconds", "note")
+        show.table(heads, [_demo_line(row) for row, _ in done])
+        print("error of the weights that got the layout; cosine of 36 sentences' embeddings, mean and least;")
+        print("both against the float32 model")
+        if out:
+            print(f"the models are in {out}")
+    for _, findings in done:
+        for f in findings:
+            print(f"{f.where}: {f.rule} {f.severity}: {f.message}", file=sys.stderr)
+    return FOUND if any(findings for _, findings in done) else GOOD
+
+
+def _demo_line(row: Row) -> tuple[str, ...]:
+    from packfmt.cli import show
+
+    bits, cosines = f"{row.bits_per_weight:.5g}", (f"{row.cosine_mean:.6f}", f"{row.cosine_min:.6f}")
+    size = (show.size(row.nbytes), f"{row.ratio:.2f}")
+    return (row.layout, bits, *size, f"{row.error:.3g}", *cosines, f"{row.seconds:.2f}", row.note)
+
+
+def _recipe(to: str, maps: list[str] | None, fallback: str, encoder: str, shard: str, saved: Path | None) -> Recipe:
+    from packfmt.plan import Recipe
+
+    if bool(to) == bool(saved):
+        raise typer.BadParameter("say which layout; packfmt formats lists them", param_hint="--to LAYOUT")
+    rules = []
+    for rule in maps or []:
+        pattern, equals, layout = rule.rpartition("=")
+        if not (pattern and equals and layout):
+            raise typer.BadParameter(f"{rule!r} is not REGEX=LAYOUT", param_hint="--map")
+        rules.append((pattern, layout))
+    return Recipe(to, tuple(rules), fallback, encoder, _bytes(shard))
+
+
+def _bytes(text: str) -> int:
+    """5GB, 500MB, 2_000_000 -> bytes; units are powers of 1000, as Hugging Face counts."""
+    found = re.fullmatch(r"([\d._]+)\s*([kMGT]?)B?", text)
+    try:
+        number = float(found[1]) if found else 0.0
+    except ValueError:
+        number = 0.0
+    if found is None or number <= 0:
+        raise typer.BadParameter(f"{text!r} is not a size such as 5GB or 500MB", param_hint="--max-shard-size")
+    return int(number * 1000 ** " kMGT".index(found[2] or " "))
+
+
+def _plan(model: Checkpoint, target: Path, recipe: Recipe, export: str, saved: Path | None) -> Plan:
+    from packfmt import conversion as work
+
+    if saved:
+        return work.saved_plan(saved, model, target, export)
+    return work.plan_for(model, target, recipe, export)
+
+
+def _show_plan(plan: Plan, json: bool) -> int:
+    from packfmt.cli import show
+
+    if json:
+        show.as_json(plan.to_json())
+        return GOOD
+    show.table(
+        ("tensor", "shape", "from", "to", "action", "bytes", "because"),
+        [
+            (s.name, show.shape(s.shape), s.before.name, s.layout.name, _action(s.action, s.exact), s.nbytes, s.reason)
+            for s in plan.steps
+        ],
+    )
+    _show_summary(plan)
+    held = f"at most {show.size(plan.working_set)} held at once"
+    print(f"{plan.source}: {show.size(plan.nbytes)} of tensors as {plan.container}, {held}")
+    return GOOD
+
+
+def _show_summary(plan: Plan) -> None:
+    from math import prod
+
+    from packfmt.cli import show
+
+    groups = dict.fromkeys((s.layout.name, s.action, s.exact) for s in plan.steps)
+    rows = []
+    for layout, action, exact in groups:
+        mine = [s for s in plan.steps if (s.layout.name, s.action, s.exact) == (layout, action, exact)]
+        nbytes, weights = sum(s.nbytes for s in mine), sum(prod(s.shape) for s in mine)
+        rows.append(
+            (
+                _action(action, exact),
+                layout,
+                len(mine),
+                weights,
+                f"{8 * nbytes / max(1, weights):.5g}",
+                show.size(nbytes),
+            )
+        )
+    show.table(("action", "layout", "tensors", "weights", "bits/weight", "size"), rows)
+
+
+def _action(action: str, exact: bool) -> str:
+    return f"{action} ({'exact' if exact else 'lossy'})"

@@ -1,0 +1,64 @@
+"""The application and the options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Pack model weights into low-bit layouts whose bytes are specified, proved and portable.",
+)
+
+Source = Annotated[
+    Path, typer.Argument(metavar="SRC", help="a Hugging Face folder, a .safetensors or a .gguf", show_default=False)
+]
+Target = Annotated[
+    Path, typer.Argument(metavar="DST", help="a new folder; or a .safetensors or .gguf file", show_default=False)
+]
+To = Annotated[str, typer.Option("--to", metavar="LAYOUT", help="layout of the weights; see packfmt formats")]
+Maps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map", metavar="REGEX=LAYOUT", help="another layout, or keep, where the name matches; later rules win"
+    ),
+]
+Fallback = Annotated[
+    str, typer.Option("--fallback", metavar="LAYOUT", help="layout, or keep, where columns do not fill the blocks")
+]
+Encoder = Annotated[
+    str, typer.Option("--encoder", metavar="NAME", help="how to choose the codes; default: the layout's first")
+]
+Export = Annotated[
+    str, typer.Option("--export", metavar="CONTAINER", help="safetensors or gguf, where DST's suffix does not say")
+]
+Shard = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="largest file of a safetensors folder: 5GB, 500MB")
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+Force = Annotated[bool, typer.Option("--force", help="replace DST if it exists")]
+Saved = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="replay a plan saved by packfmt plan --json")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from packfmt import __version__
+
+        print(f"packfmt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,216 @@
+"""Commands that only read: formats, inspect, validate, verify, diff.
+
+Heavy modules are imported inside the commands: --help answers before NumPy would have loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from packfmt.cli import FOUND, GOOD
+from packfmt.cli.options import Json, Source, app
+
+
+@app.command()
+def formats(json: Json = False) -> int:
+    """List every layout. Bits per weight, block, which containers hold it."""
+    from packfmt import codecs, exporters
+    from packfmt.cli import show
+
+    rows: list[dict[str, Any]] = []
+    for name in codecs.names():
+        codec = codecs.get(name)
+        layout, block = codec.layout, codec.layout.block
+        shape = (block["rows"], block["cols"])
+        holds = [c for c in exporters.NAMES if not exporters.get(c).refusal(layout, shape)]
+        rows.append(
+            {
+                "layout": name,
+                "bits_per_weight": layout.bits_per_weight,
+                "block": list(shape),
+                "containers": holds,
+                "encoders": list(codec.encoders),
+                "purpose": layout.purpose,
+                "id": layout.id,
+                "sources": list(layout.sources),
+            }
+        )
+    if json:
+        show.as_json(rows)
+    else:
+        show.table(
+            ("layout", "bits/weight", "block", "containers", "encoders", "what it is"),
+            [
+                (r["layout"], f"{r['bits_per_weight']:.6g}", show.shape(tuple(r["block"])), ", ".join(r["containers"]),
+                 ", ".join(r["encoders"]), r["purpose"])
+                for r in rows
+            ],
+        )  # fmt: skip
+    return GOOD
+
+
+@app.command()
+def inspect(source: Source, json: Json = False) -> int:
+    """Show what is inside a model. Tensors, layouts, bits per weight, metadata."""
+    from math import prod
+
+    from packfmt import checkpoint
+    from packfmt.cli import show
+
+    with checkpoint.open(source) as model:
+        infos = list(model.index.values())
+        config, container, files = model.extras.config or {}, model.container, sorted(model.extras.files)
+        keys = {k: v.value for k, v in model.extras.keyvalues.items()}
+    rows = [
+        {
+            "name": i.name,
+            "shape": list(i.shape),
+            "dtype": i.dtype,
+            "layout": i.layout.name if i.layout else None,
+            "kind": i.kind,
+            "bits_per_weight": 8 * i.nbytes / max(1, prod(i.shape)),
+            "nbytes": i.nbytes,
+            "file": i.file.name,
+        }
+        for i in infos
+    ]
+    total, weights = sum(i.nbytes for i in infos), sum(prod(i.shape) for i in infos)
+    if json:
+        head = {"path": str(source), "container": container, "nbytes": total, "weights": weights}
+        show.as_json({**head, "tensors": rows, "config": config, "files": files, "keyvalues": keys})
+        return GOOD
+    show.table(
+        ("tensor", "shape", "layout", "was", "bits/weight", "bytes"),
+        [
+            (i.name, show.shape(i.shape), i.layout.name if i.layout else f"({i.kind})", i.dtype,
+             f"{8 * i.nbytes / max(1, prod(i.shape)):.5g}", i.nbytes)
+            for i in infos
+        ],
+    )  # fmt: skip
+    for key, value in keys.items():
+        print(f"{key} = {_short(value)}")
+    each = 8 * total / max(1, weights)
+    sizes = f"{weights:,} weights, {show.size(total)}, {each:.4g} bits a weight"
+    print(f"{source}: {container}, {len(infos)} tensors, {sizes}")
+    return GOOD
+
+
+@app.command()
+def validate(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="files or folders", show_default=False)],
+    level: Annotated[str, typer.Option(help="how deep: header, structure or data")] = "data",
+    json: Json = False,
+) -> int:
+    """Check files against their own description. Headers, sizes, checksums, scales that are no numbers."""
+    from packfmt import verify as laws
+    from packfmt.cli import show
+
+    if level not in laws.LEVELS:
+        raise typer.BadParameter(f"{level!r} is not one of {', '.join(laws.LEVELS)}", param_hint="--level")
+    found = {path: laws.validate(path, level) for path in paths}
+    if json:
+        show.as_json(
+            [{"path": str(p), "level": level, "findings": [f.to_json() for f in fs]} for p, fs in found.items()]
+        )
+    else:
+        for path, findings in found.items():
+            for f in findings:
+                print(f"{f.where}: {f.rule} {f.severity}: {f.message}")
+            if not findings:
+                print(f"{path}: good")
+    return FOUND if any(f.severity == "error" for fs in found.values() for f in fs) else GOOD
+
+
+@app.command()
+def verify(
+    source: Source,
+    against: Annotated[
+        Path | None, typer.Option(metavar="SRC", help="the model it was made from: gives errors")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Check the laws on a real file. Unpacking and packing give the same bytes; weights are numbers."""
+    from contextlib import ExitStack
+
+    from packfmt import checkpoint
+    from packfmt import verify as laws
+    from packfmt.cli import show
+
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        model = stack.enter_context(checkpoint.open(source))
+        origin = stack.enter_context(checkpoint.open(against)) if against else None
+        for name in model:
+            tensor = model[name]
+            row: dict[str, Any] = {
+                "name": name,
+                "layout": tensor.layout.name,
+                "broken": laws.laws(tensor),
+                "relative_rms": None,
+            }
+            if origin is not None and name in origin.index:
+                far = laws.difference(name, origin[name], tensor)
+                row["relative_rms"] = far.relative_rms
+                if far.note.count("["):
+                    row["broken"] = [*laws.laws(tensor), f"another shape than in {against}: {far.note}"]
+            elif origin is not None:
+                row["broken"] = [*laws.laws(tensor), f"not in {against}"]
+            rows.append(row)
+    broken = [r for r in rows if r["broken"]]
+    if json:
+        show.as_json({"path": str(source), "against": str(against) if against else None, "tensors": rows})
+    else:
+        if against:
+            show.table(
+                ("tensor", "layout", "relative RMS error"),
+                [(r["name"], r["layout"], _number(r["relative_rms"])) for r in rows],
+            )
+        for r in broken:
+            print(f"{source}: {r['name']}: {'; '.join(r['broken'])}")
+        print(
+            f"{source}: {len(rows)} tensors, {len(broken)} break a law"
+            if broken
+            else f"{source}: {len(rows)} tensors, all laws hold"
+        )
+    return FOUND if broken else GOOD
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", show_default=False)],
+    json: Json = False,
+) -> int:
+    """Compare two models tensor by tensor. Same bytes, same values, or how far apart; exit 1 if values differ."""
+    from packfmt import checkpoint
+    from packfmt import verify as laws
+    from packfmt.cli import show
+
+    with checkpoint.open(a) as left, checkpoint.open(b) as right:
+        rows = list(laws.compare(left, right))
+    apart = [r for r in rows if not r.same_values]
+    if json:
+        show.as_json({"a": str(a), "b": str(b), "tensors": [r.to_json() for r in rows]})
+    else:
+        if apart:
+            show.table(
+                ("tensor", "relative RMS", "largest", "what differs"),
+                [(r.name, _number(r.relative_rms), _number(r.largest), r.note or "values") for r in apart],
+            )
+        same = sum(r.same_bytes for r in rows)
+        print(
+            f"{same} tensors have the same bytes, {len(rows) - same - len(apart)} the same values, {len(apart)} differ"
+        )
+    return FOUND if apart else GOOD
+
+
+def _number(value: object) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _short(value: object) -> str:
+    text = f"[{len(value)} items]" if isinstance(value, list) and len(value) > 8 else repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
