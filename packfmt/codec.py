@@ -138,13 +138,23 @@ class Codec:
         self.layout.fit(*shape)  # refuse before the slow part
         with np.errstate(over="ignore"):
             flat = np.ascontiguousarray(weight, np.float32).reshape(shape)
-        if not np.isfinite(flat).all() and self.layout.grid.name != "plain":
-            at = np.unravel_index(int(np.argmin(np.isfinite(flat))), weight.shape)
-            bad = int((~np.isfinite(flat)).sum())
-            raise LayoutError(f"{name}: {bad} weights are not finite, the first at {[int(i) for i in at]}")
+        _check_finite(name, weight, flat, may_be_infinite=self.layout.grid.name == "plain")
         parts = quantize(flat)
         components = placement.pack(self.layout, shape, parts)
         return PackedTensor(self.layout, weight.shape, components, weight.dtype.name)
+
+
+def _check_finite(name: str, weight: Array, flat: Array, *, may_be_infinite: bool) -> None:
+    """Refuse what no code stands for, and finite float64 that float32 does not reach."""
+    good = np.isfinite(flat)
+    if good.all():
+        return
+    if may_be_infinite:
+        good |= ~np.isfinite(weight).reshape(flat.shape)
+    if bad := int((~good).sum()):
+        at = [int(i) for i in np.unravel_index(int(np.argmin(good)), weight.shape)]
+        what = "beyond float32" if np.isfinite(weight[tuple(at)]) else "not finite"
+        raise LayoutError(f"{name}: {bad} weights are {what}, the first at {at}")
 
 
 def is_float(dtype: str) -> bool:

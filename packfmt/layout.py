@@ -33,8 +33,8 @@ TOP: Final = 0  # a digit's stride: the highest of its axis, so extent // size
 WORD: Final = "word"  # pseudo-axis: which word of a unit that is wider than one
 BIT: Final = "bit"  # pseudo-axis: which bit of a code; bit planes are digits along it
 
-MAX_CELL_BITS: Final = 1 << 26  # a description from a file may not make us build larger tables
-MAX_EXTENT: Final = 1 << 48
+MAX_EXTENT: Final = 1 << 48  # of rows, columns, axes, digits
+MAX_BYTES: Final = 1 << 56  # of a component or part, so that every bit has a number in int64
 
 # NumPy spells the byte order out; ml_dtypes names the rest. A closed list: files bring these strings.
 DTYPES: Final = (
@@ -162,12 +162,9 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """The description as plain data: all that decides a byte or a number, and nothing else."""
-        return {
-            "name": self.name,
-            "axes": [_axis_json(a) for a in self.axes],
-            "components": [_component_json(c) for c in self.components],
-            "grid": {"name": self.grid.name, **{k: _plain(v) for k, v in self.grid.params}},
-        }
+        from packfmt import description
+
+        return description.write(self)
 
     @classmethod
     def from_json(cls, data: Any) -> Layout:
@@ -178,7 +175,9 @@ class Layout:
         LayoutError
             If `data` is not what `to_json` gives for some layout.
         """
-        return _Reader(str(data.get("name", "?")) if isinstance(data, dict) else "?").layout(data)
+        from packfmt import description
+
+        return description.read(data)
 
     @property
     def canonical(self) -> str:
@@ -212,12 +211,7 @@ class Layout:
     @property
     def block(self) -> dict[str, int]:
         """What rows and columns must each be a multiple of."""
-        out = {"rows": 1, "cols": 1}
-        for axis in self.axes:
-            if axis.of and axis.pad == 1:
-                need = lcm(*(_multiple(axis.name, digits) for _, _, digits in self.members()))
-                out[axis.of] = lcm(out[axis.of], axis.per * need)
-        return out
+        return dict(_block(self))
 
     @property
     def bits_per_weight(self) -> float:
@@ -265,7 +259,7 @@ def _dense_layouts() -> dict[str, Layout]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One logical array of a packed tensor: codes, scales ... Axes in the order of the layout's."""
+    """One logical array of a packed tensor: codes, scales ... Axes in the order of the layout's, without padding."""
 
     name: str
     dtype: str
@@ -328,7 +322,8 @@ def dtype_of(name: str) -> np.dtype[Any]:
         return np.dtype(name)
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, name))
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return found
 
 
 def itemsize(name: str) -> int:
@@ -339,109 +334,105 @@ def _inner(m: Codes | Values) -> tuple[Digit, ...]:
     return (*m.units, *m.fields) if isinstance(m, Codes) else m.digits
 
 
-def _multiple(axis: str, digits: tuple[Digit, ...]) -> int:
-    """What an extent must be a multiple of for these digits to tile it; 1 if they leave it out."""
-    mine = [d for d in digits if d.axis == axis]
-    if not mine:
-        return 1
-    span = prod(d.size for d in mine if d.size)
-    return span * min((d.stride for d in mine if d.stride), default=1)
+_NOUN = {"rows": "rows", "cols": "columns"}
 
 
 @lru_cache(maxsize=1024)
 def _fit(layout: Layout, n_rows: int, n_cols: int) -> Fitted:
-    for name, have in (("rows", n_rows), ("cols", n_cols)):
+    sides, block = {"rows": n_rows, "cols": n_cols}, _block(layout)
+    for name, have in sides.items():
         if not 0 <= have <= MAX_EXTENT:
             raise LayoutError(f"{layout.name}: {have} {_NOUN[name]}, needs 0 to 2**48")
-        if have % (block := layout.block[name]):
-            raise LayoutError(f"{layout.name}: {have} {_NOUN[name]}, needs a multiple of {block}")
-    extents = _extents(layout, {"rows": n_rows, "cols": n_cols})
-    pieces: dict[str, list[tuple[int, int, Part]]] = {}
-    placed = []
-    for c in layout.components:
-        if isinstance(c, Component):
-            placed.append(_place(layout, c, extents, pieces))
+        if have % block[name]:
+            raise LayoutError(f"{layout.name}: {have} {_NOUN[name]}, needs a multiple of {block[name]}")
+    real = {a.name: sides[a.of] // a.per if a.of else a.size for a in layout.axes}
+    extents = {a.name: -(-real[a.name] // a.pad) * a.pad for a in layout.axes}
+    pieces: dict[str, list[tuple[int, Part]]] = {}
+    placed = [_place(layout.name, c, real, extents, pieces) for c in layout.components if isinstance(c, Component)]
     parts = {name: _assemble(f"{layout.name}.{name}", found) for name, found in pieces.items()}
     for s in layout.streams:
-        dtype_of(s.dtype)
         parts[s.name] = Part(s.name, s.dtype, 8 * itemsize(s.dtype), (-1,), (), 0)
-    if len({c.name for c in layout.components}) != len(layout.components):
-        raise LayoutError(f"{layout.name}: two components share a name")
+    for name, size in [(c.name, c.nbytes) for c in placed] + [(p.name, prod(p.shape)) for p in parts.values()]:
+        if size > MAX_BYTES:
+            raise LayoutError(f"{layout.name}.{name}: {size} bytes, needs at most 2**56")
     return Fitted(layout, extents, tuple(placed), parts)
 
 
-_NOUN = {"rows": "rows", "cols": "columns"}
-
-
-def _extents(layout: Layout, shape: Mapping[str, int]) -> dict[str, int]:
-    out = {}
-    for a in layout.axes:
-        if a.of:
-            whole, left = divmod(shape[a.of], a.per)
-            if left:
-                raise LayoutError(f"{layout.name}: {shape[a.of]} {_NOUN[a.of]}, needs a multiple of {a.per}")
-            out[a.name] = -(-whole // a.pad) * a.pad
-        else:
-            out[a.name] = a.size
-    return out
-
-
 def _place(
-    layout: Layout, c: Component, extents: dict[str, int], pieces: dict[str, list[tuple[int, int, Part]]]
+    layout: str, c: Component, real: dict[str, int], extents: dict[str, int], pieces: dict[str, list[tuple[int, Part]]]
 ) -> Placed:
     members: list[Member] = []
-    taken: list[tuple[int, int]] = []  # bit ranges of the cell, one a unit
+    taken: list[Taken] = []
     end = 0  # first free bit
-    over: tuple[Digit, ...] | None = None
+    over: tuple[Digit, ...] = ()
     split = any(d.axis == WORD for d in c.over)
     for m in c.cell:
-        where = f"{layout.name}.{c.name}.{m.name}"
+        where = f"{layout}.{c.name}.{m.name}"
         if isinstance(m, Codes):
-            bits, low, word, at, levels = m.bits, m.low, itemsize(m.word), m.at, m.levels
+            bits, low, word, at, levels, dtype = m.bits, m.low, itemsize(m.word), m.at, m.levels, ""
             cut = len(m.units)
         else:
-            bits, low, word, at, levels = 8 * itemsize(m.dtype), 0, itemsize(m.dtype), None, 0
+            bits, low, word, at, levels, dtype = 8 * itemsize(m.dtype), 0, itemsize(m.dtype), None, 0, m.dtype
             cut = len(m.digits)
         solved, share = _solve(where, (*c.over, *_inner(m)), extents)
-        head, tail = solved[: len(c.over)], solved[len(c.over) :]
-        over = head if over is None else over
+        head, inner = solved[: len(c.over)], solved[len(c.over) :]
+        over = over if members else head
         if head != over:
-            raise LayoutError(f"{where}: its cells run over {head}, the component's over {over}")
-        units, fields = tail[:cut], tail[cut:]
+            raise LayoutError(f"{where}: its cells run over {_words(head)}, those of the component over {_words(over)}")
+        units, fields = inner[:cut], inner[cut:]
         used = bits * prod(d.size for d in fields)
         words = -(-used // (8 * word))
-        count = prod(d.size for d in units)
+        count, step = prod(d.size for d in units), 8 * word * words
         if at is not None and (units or split):
             raise LayoutError(f"{where}: a member at a bit of the cell has one unit, not {count}")
-        start = end if at is None else at
-        step = 8 * word * words
-        if start + step * count > MAX_CELL_BITS:
-            raise LayoutError(f"{where}: a cell of more than {MAX_CELL_BITS} bits")
-        taken += [(start + u * step, start + u * step + used) for u in range(count)]
-        top = start + step * count if at is None else -(-(start + used) // (8 * word)) * 8 * word
-        end = max(end, top)
-        planes = prod(d.size for d in tail + head if d.axis == BIT)
-        code_bits = bits * planes
-        if low < 0 or low + code_bits > 64:
-            raise LayoutError(f"{where}: bits {low} to {low + code_bits}, a code has at most 64")
-        dtype = m.dtype if isinstance(m, Values) else ""
-        shape = tuple(n // share[a] for a, n in extents.items())
-        part = Part(m.name, dtype, code_bits, shape, tuple(share[a] for a in extents), levels)
-        pieces.setdefault(m.name, []).append((low, low + code_bits, part))
-        members.append(Member(m.name, bits, low, start, word, words, units, fields))
-        if split and (len(c.cell) > 1 or count > 1):
+        if split and (len(c.cell) > 1 or units):
             raise LayoutError(f"{where}: a unit split into words must be alone in its cell")
-    if over is None:
-        raise LayoutError(f"{layout.name}.{c.name}: an empty cell")
-    taken.sort()
-    for (_, left), (right, _) in zip(taken, taken[1:], strict=False):
-        if right < left:
-            raise LayoutError(f"{layout.name}.{c.name}: two members claim bit {right} of the cell")
-    over = _solve_words(f"{layout.name}.{c.name}", over, members[0].words)
-    dtype = "u1" if len(members) > 1 else _stored_dtype(c.cell[0])
-    shape = _stored_shape(layout.name, c, over, members, end // 8)
-    spare = end - sum(b - a for a, b in taken)
-    return Placed(c.name, dtype, shape, over, end // 8, tuple(members), spare)
+        start = end if at is None else at
+        end = max(end, start + step * count if at is None else -(-(start + used) // (8 * word)) * 8 * word)
+        mine = Taken(where, start, step, count, used)
+        for other in taken:
+            if (bit := mine.meets(other)) is not None:
+                raise LayoutError(f"{where}: bit {bit} of the cell is claimed by {other.where}, too")
+        taken.append(mine)
+        code_bits = bits * prod(d.size for d in solved if d.axis == BIT)
+        if low + code_bits > 64:
+            raise LayoutError(f"{where}: bits {low} to {low + code_bits}, a code has at most 64")
+        if dtype and code_bits != bits:
+            raise LayoutError(f"{where}: along {BIT!r} only codes can be cut")
+        shape = tuple(-(-real[a] // s) if s else 1 for a, s in share.items())
+        part = Part(m.name, dtype, code_bits, shape, tuple(s or max(1, extents[a]) for a, s in share.items()), levels)
+        pieces.setdefault(m.name, []).append((low, part))
+        members.append(Member(m.name, bits, low, start, word, words, units, fields))
+    over = _solve_words(f"{layout}.{c.name}", over, members[0].words)
+    stored = "u1" if len(members) > 1 else _stored_dtype(c.cell[0])
+    spare = end - sum(t.count * t.used for t in taken)
+    shape = _stored_shape(layout, c, over, members, end // 8)
+    return Placed(c.name, stored, shape, over, end // 8, tuple(members), spare)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The bits of a cell that one member uses: `count` units of `used` bits, each `step` after the one before."""
+
+    where: str
+    start: int
+    step: int
+    count: int
+    used: int
+
+    def meets(self, other: Taken) -> int | None:
+        """A bit that both use. One of the two has a single unit, or starts where the other ends."""
+        one, many = (self, other) if self.count <= 1 else (other, self)
+        if not (one.count and one.used and many.count and many.used):
+            return None
+        end = one.start + one.used
+        unit = min(many.count - 1, max(0, end - 1 - many.start) // many.step)  # the last that starts before `end`
+        first = many.start + unit * many.step
+        return max(first, one.start) if first < end and one.start < first + many.used else None
+
+
+def _words(digits: tuple[Digit, ...]) -> str:
+    return " ".join(f"{d.axis}:{d.stride}x{d.size}" for d in digits)
 
 
 def _stored_dtype(m: Codes | Values) -> str:
@@ -474,49 +465,51 @@ def _solve(
     """Give every open size and stride its number, and prove that each axis is tiled exactly once.
 
     Sorted by stride, every stride must be the span of the digits below it. Returns the digits and,
-    for each axis, the span below its smallest stride: how many positions share one element.
+    for each axis, the smallest stride: how many positions share one element, or 0 if all do.
     """
-    out = list(digits)
-    for d in digits:
-        if d.axis not in extents and d.axis not in (WORD, BIT):
-            raise LayoutError(f"{where}: no axis {d.axis!r}; there are {', '.join(extents)}")
-    share = {}
+    out, share = list(digits), {}
     for axis, extent in extents.items():
         mine = [i for i, d in enumerate(out) if d.axis == axis]
+        whole = extent or _multiple(axis, digits)  # an axis of no extent is proved as if it had one block
         for i in mine:
             d = out[i]
             if d.stride == TOP:
-                if not d.size or extent % d.size:
-                    raise LayoutError(f"{where}: {extent} along {axis!r}, needs a multiple of {d.size}")
-                out[i] = replace(d, stride=max(1, extent // d.size))
+                if whole % d.size:
+                    raise LayoutError(f"{where}: {whole} along {axis!r}, needs a multiple of {d.size}")
+                out[i] = replace(d, stride=whole // d.size)
         for i in mine:
             d = out[i]
             if d.size == REST:
-                above = min((out[j].stride for j in mine if out[j].stride > d.stride), default=extent)
+                others = [(out[j].stride, digits[j].stride == TOP) for j in mine]
+                above = min((stride for stride, top in others if stride > d.stride or top), default=whole)
                 if above % d.stride:
                     raise LayoutError(f"{where}: {above} along {axis!r}, needs a multiple of {d.stride}")
                 out[i] = replace(d, size=above // d.stride)
-        share[axis] = _prove(where, axis, extent, [out[i] for i in mine])
+        share[axis] = _prove(where, axis, whole, [out[i] for i in mine]) if mine else 0
+        if mine and not extent:
+            still = [i for i in mine if digits[i].size == REST]
+            if not still:
+                raise LayoutError(f"{where}: along {axis!r} the digits span {whole}, the tensor 0")
+            for i in still:
+                out[i] = replace(out[i], size=0)
     planes = [d for d in out if d.axis == BIT]
-    if any(d.size < 1 for d in planes):
-        raise LayoutError(f"{where}: a digit along {BIT!r} needs a size")
+    if planes and (first := min(d.stride for d in planes)) != 1:
+        raise LayoutError(f"{where}: along {BIT!r} the digits start at {first}, not 1")
     if planes:
         _prove(where, BIT, prod(d.size for d in planes), planes)
-        if min(d.stride for d in planes) != 1:
-            raise LayoutError(f"{where}: along {BIT!r} the digits start at {min(d.stride for d in planes)}, not 1")
     return tuple(out), share
 
 
 def _prove(where: str, axis: str, extent: int, digits: list[Digit]) -> int:
     digits = sorted(digits, key=lambda d: (d.stride, d.size))
-    span = low = digits[0].stride if digits else max(1, extent)
+    span = digits[0].stride
     for d in digits:
         if d.stride != span:
             raise LayoutError(f"{where}: along {axis!r} a digit of stride {d.stride} follows a span of {span}")
         span *= d.size
-    if digits and span != extent:
+    if span != extent:
         raise LayoutError(f"{where}: along {axis!r} the digits span {span}, the tensor {extent}")
-    return low
+    return digits[0].stride
 
 
 def _solve_words(where: str, over: tuple[Digit, ...], words: int) -> tuple[Digit, ...]:
@@ -526,151 +519,108 @@ def _solve_words(where: str, over: tuple[Digit, ...], words: int) -> tuple[Digit
     return tuple(replace(d, size=words) if d.axis == WORD else d for d in over)
 
 
-def _assemble(where: str, pieces: list[tuple[int, int, Part]]) -> Part:
+def _assemble(where: str, pieces: list[tuple[int, Part]]) -> Part:
     """One part from its members: they cover its bits once and agree on everything else."""
-    pieces = sorted(pieces, key=lambda p: p[:2])
-    first, top = pieces[0][2], 0
-    for low, high, part in pieces:
+    pieces = sorted(pieces, key=lambda piece: piece[0])
+    first, top = pieces[0][1], 0
+    for low, part in pieces:
         if low != top:
-            raise LayoutError(f"{where}: bits {low} to {high} follow bit {top} of the code")
-        if (part.shape, part.dtype, part.levels) != (first.shape, first.dtype, first.levels):
+            raise LayoutError(f"{where}: bits {low} to {low + part.bits} follow bit {top} of the code")
+        if (part.shape, part.share) != (first.shape, first.share):
             raise LayoutError(f"{where}: one member is {part.shape}, another {first.shape}")
-        top = high
+        if (part.dtype, part.levels) != (first.dtype, first.levels):
+            raise LayoutError(f"{where}: its members differ in dtype or levels")
+        top = low + part.bits
     if first.dtype:
-        if len(pieces) > 1:
-            raise LayoutError(f"{where}: values cannot be cut into members")
         return first
     if first.levels > 1 << top:
         raise LayoutError(f"{where}: {first.levels} levels in {top} bits")
     return replace(first, dtype=WORDS[max(0, (top - 1).bit_length() - 3)], bits=top)
 
 
+# ---------------------------------------------------------------- checked
+
+
+@lru_cache(maxsize=1024)
+def _block(layout: Layout) -> Mapping[str, int]:
+    """`Layout.block`, and the checks that need no shape."""
+    _check(layout)
+    out = {"rows": 1, "cols": 1}
+    for axis in layout.axes:
+        if axis.of:
+            for _, _, digits in layout.members():
+                need = _multiple(axis.name, digits) if axis.pad == 1 else 1
+                out[axis.of] = lcm(out[axis.of], axis.per * need)
+                if out[axis.of] > MAX_EXTENT:
+                    raise LayoutError(f"{layout.name}: blocks of more than 2**48 along {axis.name!r}")
+    return out
+
+
+def _multiple(axis: str, digits: tuple[Digit, ...]) -> int:
+    """What an extent must be a multiple of for these digits to tile it; 1 if they leave it out."""
+    mine = [d for d in digits if d.axis == axis]
+    return prod(d.size or 1 for d in mine) * min((d.stride for d in mine if d.stride), default=1)
+
+
+def _check(layout: Layout) -> None:
+    """Every name known and used once, every number within bounds."""
+    known = [a.name for a in layout.axes]
+    for a in layout.axes:
+        where = f"{layout.name}: axis {a.name!r}"
+        if known.count(a.name) > 1 or a.name in (WORD, BIT):
+            raise LayoutError(f"{where}: its name is taken")
+        if a.of not in ("", "rows", "cols"):
+            raise LayoutError(f"{where}: of {a.of!r}, needs rows or cols")
+        for what, value in ("per", a.per), ("pad", a.pad), ("size", a.size if not a.of else 1):
+            _bounded(where, what, value, 1, MAX_EXTENT)
+    names = [c.name for c in layout.components]
+    for c in layout.components:
+        where = f"{layout.name}.{c.name}"
+        if names.count(c.name) > 1:
+            raise LayoutError(f"{where}: two components share a name")
+        if isinstance(c, Stream):
+            dtype_of(c.dtype)
+        elif not c.cell:
+            raise LayoutError(f"{where}: an empty cell")
+        else:
+            for n in c.dims:
+                _bounded(where, "a number of dims", n, 0, 64)
+            _check_digits(where, c.over, (*known, WORD, BIT))
+    streams = {s.name for s in layout.streams}
+    for c, m, _ in layout.members():
+        where = f"{layout.name}.{c.name}.{m.name}"
+        if m.name in streams:
+            raise LayoutError(f"{where}: a stream has this name, too")
+        _check_digits(where, _inner(m), (*known, BIT))
+        if isinstance(m, Values):
+            dtype_of(m.dtype)
+            continue
+        if m.word not in WORDS:
+            raise LayoutError(f"{where}: words of {m.word!r}, needs one of {', '.join(WORDS)}")
+        _bounded(where, "bits", m.bits, 1, 64)
+        _bounded(where, "low", m.low, 0, 63)
+        _bounded(where, "at", m.at or 0, 0, MAX_EXTENT)
+        _bounded(where, "levels", m.levels, 0, 1 << 64)
+
+
+def _check_digits(where: str, digits: tuple[Digit, ...], known: tuple[str, ...]) -> None:
+    for d in digits:
+        along = f"{where}: along {d.axis!r}"
+        if d.axis not in known:
+            raise LayoutError(f"{where}: no axis {d.axis!r} here; there are {', '.join(known)}")
+        _bounded(along, "a stride", d.stride, 0, MAX_EXTENT)
+        _bounded(along, "a size", d.size, 0, MAX_EXTENT)
+        if d.axis == WORD and (d.stride != 1 or d.reverse):
+            raise LayoutError(f"{along} a digit that is no plain count of the words")
+        if d.axis == BIT and not (d.stride and d.size):
+            raise LayoutError(f"{along} a digit without stride or size")
+        if d.axis != WORD and d.stride == TOP and d.size == REST:
+            raise LayoutError(f"{along} a digit with neither stride nor size")
+
+
+def _bounded(where: str, what: str, value: int, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise LayoutError(f"{where}: {what} is {value!r}, needs {low} to {high}")
+
+
 DENSE: Final = _dense_layouts()  # a layout for every dtype that tensors are kept in: f32, bf16, i64 ...
-
-
-# ---------------------------------------------------------------- JSON
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def _axis_json(a: Axis) -> dict[str, Any]:
-    if not a.of:
-        return {"name": a.name, "size": a.size}
-    out: dict[str, Any] = {"name": a.name, "of": a.of}
-    return out | ({"per": a.per} if a.per != 1 else {}) | ({"pad": a.pad} if a.pad != 1 else {})
-
-
-def _digits_json(digits: tuple[Digit, ...]) -> list[Any]:
-    return [[d.axis, d.stride, d.size, *(["reverse"] if d.reverse else [])] for d in digits]
-
-
-def _component_json(c: Component | Stream) -> dict[str, Any]:
-    if isinstance(c, Stream):
-        return {"name": c.name, "stream": c.dtype}
-    out: dict[str, Any] = {"name": c.name, "over": _digits_json(c.over), "cell": [_member_json(m) for m in c.cell]}
-    return out | ({"dims": list(c.dims)} if c.dims else {})
-
-
-def _member_json(m: Codes | Values) -> dict[str, Any]:
-    if isinstance(m, Values):
-        return {"values": m.name, "dtype": m.dtype, "digits": _digits_json(m.digits)}
-    out: dict[str, Any] = {"codes": m.name, "bits": m.bits, "word": m.word}
-    out |= {"units": _digits_json(m.units), "fields": _digits_json(m.fields)}
-    extra = {"low": m.low or None, "at": m.at, "levels": m.levels or None}
-    return out | {k: v for k, v in extra.items() if v is not None}
-
-
-class _Reader:
-    """Reads a description that anybody may have written: every key, type and bound is checked."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def fail(self, what: str) -> LayoutError:
-        return LayoutError(f"description of {self.name!r}: {what}")
-
-    def record(self, data: Any, what: str, need: set[str], may: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
-        if not isinstance(data, dict) or not need <= data.keys() <= need | may:
-            keys = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
-            raise self.fail(f"{what} has {keys}; needs {', '.join(sorted(need))}")
-        return data
-
-    def items(self, data: Any, what: str, most: int = 64) -> list[Any]:
-        if not isinstance(data, list) or len(data) > most:
-            raise self.fail(f"{what} is not a list of at most {most}")
-        return data
-
-    def text(self, data: Any, what: str) -> str:
-        if not isinstance(data, str) or not 0 < len(data) <= 128 or not data.isprintable():
-            raise self.fail(f"{what} is not a short printable text")
-        return data
-
-    def number(self, data: Any, what: str, low: int, high: int) -> int:
-        if type(data) is not int or not low <= data <= high:
-            raise self.fail(f"{what} is {data!r}, needs {low} to {high}")
-        return data
-
-    def choice(self, data: Any, what: str, among: tuple[str, ...]) -> str:
-        if data not in among:
-            raise self.fail(f"{what} is {data!r}, needs one of {', '.join(among)}")
-        return str(data)
-
-    def layout(self, data: Any) -> Layout:
-        data = self.record(data, "a layout", {"name", "axes", "components", "grid"})
-        name = self.text(data["name"], "the name")
-        axes = tuple(self.axis(a) for a in self.items(data["axes"], "axes", 8))
-        components = tuple(self.component(c) for c in self.items(data["components"], "components"))
-        if not isinstance(data["grid"], dict) or not 0 < len(data["grid"]) <= 32:
-            raise self.fail("the grid is not a record")
-        params = {self.text(k, "a grid parameter"): _tuples(v) for k, v in data["grid"].items()}
-        return Layout(name, components, grid(self.text(params.pop("name", None), "the grid"), **params), axes)
-
-    def axis(self, data: Any) -> Axis:
-        if isinstance(data, dict) and "of" in data:
-            data = self.record(data, "an axis", {"name", "of"}, {"per", "pad"})
-            per, pad = (self.number(data.get(k, 1), k, 1, 1 << 20) for k in ("per", "pad"))
-            of = self.choice(data["of"], "of", ("rows", "cols"))
-            return Axis(self.text(data["name"], "an axis"), of, per, 0, pad)
-        data = self.record(data, "an axis", {"name", "size"})
-        return Axis(self.text(data["name"], "an axis"), "", 1, self.number(data["size"], "size", 1, 1 << 20))
-
-    def component(self, data: Any) -> Component | Stream:
-        if isinstance(data, dict) and "stream" in data:
-            data = self.record(data, "a stream", {"name", "stream"})
-            return Stream(self.text(data["name"], "a stream"), self.choice(data["stream"], "its dtype", DTYPES))
-        data = self.record(data, "a component", {"name", "over", "cell"}, {"dims"})
-        cell = tuple(self.member(m) for m in self.items(data["cell"], "a cell"))
-        dims = tuple(self.number(n, "dims", 0, 64) for n in self.items(data.get("dims", []), "dims", 8))
-        return Component(self.text(data["name"], "a component"), self.digits(data["over"]), cell, dims)
-
-    def member(self, data: Any) -> Codes | Values:
-        if isinstance(data, dict) and "values" in data:
-            data = self.record(data, "a member", {"values", "dtype", "digits"})
-            dtype = self.choice(data["dtype"], "a dtype", DTYPES)
-            return Values(self.text(data["values"], "a member"), dtype, self.digits(data["digits"]))
-        data = self.record(data, "a member", {"codes", "bits", "word", "units", "fields"}, {"low", "at", "levels"})
-        return Codes(
-            self.text(data["codes"], "a member"),
-            self.number(data["bits"], "bits", 1, 64),
-            self.digits(data["units"]),
-            self.digits(data["fields"]),
-            self.choice(data["word"], "a word", WORDS),
-            self.number(data.get("low", 0), "low", 0, 63),
-            None if data.get("at") is None else self.number(data["at"], "at", 0, MAX_CELL_BITS),
-            self.number(data.get("levels", 0), "levels", 0, 1 << 32),
-        )
-
-    def digits(self, data: Any) -> tuple[Digit, ...]:
-        return tuple(self.digit(d) for d in self.items(data, "digits"))
-
-    def digit(self, data: Any) -> Digit:
-        if not isinstance(data, list) or len(data) not in (3, 4) or data[3:] not in ([], ["reverse"]):
-            raise self.fail(f"a digit is {data!r}; needs [axis, stride, size] and perhaps 'reverse'")
-        stride = self.number(data[1], "a stride", 0, MAX_EXTENT)
-        return Digit(self.text(data[0], "an axis"), stride, self.number(data[2], "a size", 0, MAX_EXTENT), len(data) == 4)

@@ -1,49 +1,59 @@
 """Pack, unpack and repack any layout: its description in, three small tables out, one loop over them.
 
-`unpack` moves a layout's fields into plain row-major parts, `pack` the other way, `repack`
-straight from one layout into another. All three are the same move between two placements;
-a part is itself a placement, the plain one.
+`unpack` moves a layout's codes into plain row-major parts, `pack` the other way, `repack` straight
+from one layout into another. All three are the same move between two sides; a part is itself a
+side, the plain one. Nothing of the size of the tensor is made beside input and output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import prod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import gcd, lcm, prod
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from packfmt.errors import LayoutError
-from packfmt.layout import BIT, WORD, Digit, Fitted, Layout, Member, Part, Placed, dtype_of, itemsize
+from packfmt.layout import BIT, WORD, Fitted, Layout, Member, Part, Placed, dtype_of, itemsize
 
 if TYPE_CHECKING:
-    from packfmt.kernels.move import Pieces, Steps
+    from packfmt.kernels.move import Pieces
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
+Ints = npt.NDArray[np.int64]
 
-TABLE = 1024  # units in a table: small enough to stay in the first-level cache
+MOST_BITS: Final = 1 << 16  # in one table of pieces
+NEAR: Final = 1 << 14  # bytes that a run may span: half of a first-level cache
+WORTH: Final = 16  # repetitions that make a run worth starting
+ENOUGH: Final = 1 << 10  # pieces that make a step of the outer counter worth taking
 
 
 def unpack(layout: Layout, shape: tuple[int, int], components: Arrays) -> dict[str, Array]:
     """Components -> one array a part, in the order of the layout's axes.
 
     shape : (rows, cols) of the weight. Codes come as the smallest unsigned integers that hold them,
-    values in their own dtype; `layout.fit(*shape).parts` has shapes and dtypes. Streams pass as they are.
+    values in their own dtype; `layout.fit(*shape).parts` has names and dtypes. Streams pass as they are.
+
+    Raises
+    ------
+    LayoutError
+        If a component is missing, or has another dtype or shape than the layout gives it.
     """
     fitted = layout.fit(*shape)
-    parts: dict[str, Array] = {s.name: components[s.name] for s in layout.streams}
+    parts = {s.name: _component(layout, components, s.name) for s in layout.streams}
     for part in fitted.parts.values():
         if part.name not in parts:
             parts[part.name] = np.zeros(part.shape, dtype_of(part.dtype))
     for placed in fitted.components:
-        raw = _bytes(components[placed.name])
+        raw = _bytes(_checked_component(layout, placed, components))
         for m in placed.members:
             part = fitted.parts[m.part]
-            _move(raw, _stored(fitted, placed, m), _bytes(parts[m.part]), _plain(fitted, part, m))
-    return {name: _crop(layout, fitted, shape, name, array) for name, array in parts.items()}
+            _move(raw, _stored(fitted, placed, m), _bytes(parts[part.name]), _plain(part), part.shape)
+    return parts
 
 
 def pack(layout: Layout, shape: tuple[int, int], parts: Arrays) -> dict[str, Array]:
@@ -55,13 +65,14 @@ def pack(layout: Layout, shape: tuple[int, int], parts: Arrays) -> dict[str, Arr
         If a part is missing, has another shape or kind of number, or holds a code too large.
     """
     fitted = layout.fit(*shape)
-    full = {name: _checked(layout, fitted, shape, part, parts) for name, part in fitted.parts.items()}
-    components: dict[str, Array] = {s.name: full[s.name] for s in layout.streams}
+    for part in fitted.parts.values():
+        _check_part(layout, part, parts)
+    components: dict[str, Array] = {s.name: parts[s.name] for s in layout.streams}
     for placed in fitted.components:
         out = np.zeros(placed.shape, dtype_of(placed.dtype))
         for m in placed.members:
             part = fitted.parts[m.part]
-            _move(_bytes(full[m.part]), _plain(fitted, part, m), _bytes(out), _stored(fitted, placed, m))
+            _move(_bytes(parts[part.name]), _plain(part), _bytes(out), _stored(fitted, placed, m), part.shape)
         components[placed.name] = out
     return components
 
@@ -69,32 +80,23 @@ def pack(layout: Layout, shape: tuple[int, int], parts: Arrays) -> dict[str, Arr
 def repack(source: Layout, target: Layout, shape: tuple[int, int], components: Arrays) -> dict[str, Array]:
     """Components of one layout -> components of another with the same parts, bit for bit.
 
-    Fields go straight from bytes to bytes where the digits of both layouts have a common
-    refinement (all powers of two do) and members match one to one; else through the parts.
-
     Raises
     ------
     LayoutError
-        If the parts differ in name, shape or width.
+        If the layouts' parts differ (`difference`), or a component is not what the layout says.
     """
     if reason := difference(source, target, shape):
         raise LayoutError(f"{source.name} to {target.name}: {reason}")
-    a, b = source.fit(*shape), target.fit(*shape)
-    out: dict[str, Array] = {s.name: components[s.name] for s in target.streams}
-    moves = []
-    for placed in b.components:
-        out[placed.name] = np.zeros(placed.shape, dtype_of(placed.dtype))
-        for m in placed.members:
-            found = [(c, n) for c in a.components for n in c.members if (n.part, n.low) == (m.part, m.low)]
-            if len(found) != 1 or _code_bits(found[0][0], found[0][1]) != _code_bits(placed, m):
-                return pack(target, shape, unpack(source, shape, components))
-            (c, n) = found[0]
-            here, there = _stored(a, c, n), _stored(b, placed, m)
-            if here.fields * here.bits != there.fields * there.bits or here.bits != there.bits or _refine(here, there) is None:
-                return pack(target, shape, unpack(source, shape, components))
-            moves.append((c.name, here, placed.name, there))
-    for before, here, after, there in moves:
-        _move(_bytes(components[before]), here, _bytes(out[after]), there)
+    before, after = source.fit(*shape), target.fit(*shape)
+    out = {s.name: _component(source, components, s.name) for s in target.streams}
+    for there in after.components:
+        out[there.name] = np.zeros(there.shape, dtype_of(there.dtype))
+    for here, there in product(before.components, after.components):
+        raw = _bytes(_checked_component(source, here, components))
+        for m, n in product(here.members, there.members):
+            if m.part == n.part:
+                counts = before.parts[m.part].shape
+                _move(raw, _stored(before, here, m), _bytes(out[there.name]), _stored(after, there, n), counts)
     return out
 
 
@@ -103,199 +105,297 @@ def difference(source: Layout, target: Layout, shape: tuple[int, int]) -> str:
     a, b = source.fit(*shape), target.fit(*shape)
     if a.parts.keys() != b.parts.keys():
         return f"one has {', '.join(a.parts)}, the other {', '.join(b.parts)}"
+    axes = [[(x.of, x.per, x.size) for x in layout.axes] for layout in (source, target)]
+    if axes[0] != axes[1]:
+        return f"the axes of one are {axes[0]}, of the other {axes[1]}"
     for name, part in a.parts.items():
         other = b.parts[name]
-        mine, theirs = _cropped(source, a, shape, name), _cropped(target, b, shape, name)
-        if mine != theirs:
-            return f"{name} is {mine} in one, {theirs} in the other"
+        # along an axis with one element, what it is shared by is the whole axis, padding or not
+        shares = [[s for s, n in zip(p.share, p.shape, strict=False) if n > 1] for p in (part, other)]
+        if part.shape != other.shape or shares[0] != shares[1]:
+            return f"{name} is {part.shape} in one, {other.shape} in the other"
         if (part.dtype, part.bits) != (other.dtype, other.bits):
             return f"{name} is {part.dtype} of {part.bits} bits in one, {other.dtype} of {other.bits} in the other"
     return ""
-
-
-# ---------------------------------------------------------------- placements
-
-
-@dataclass(frozen=True, slots=True)
-class Leg:
-    """A stretch of one axis on which the place of a field grows evenly."""
-
-    axis: str
-    stride: int
-    size: int
-    byte: int  # what one step adds to the byte
-    field: int  # or to the field's number within its unit
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One end of a move: where field zero lies, how its place grows, and which bits a field has."""
-
-    byte: int
-    field: int
-    legs: tuple[Leg, ...]
-    fields: int  # of a unit
-    bits: int
-    start: int  # bit of field 0, from the unit's first byte
-    words: tuple[int, ...]  # byte distance of each word of a unit, and the last repeated
-    word: int
-
-    def pieces(self) -> Pieces:
-        from packfmt.kernels.move import Pieces
-
-        first, rows = [0], []
-        for p in range(self.fields):
-            bit, left = self.start + p * self.bits, self.bits
-            while left:
-                at = bit >> 3
-                take = min(8 - (bit & 7), left)
-                rows.append((self.words[at // self.word] + at % self.word, bit & 7, take))
-                bit, left = bit + take, left - take
-            first.append(len(rows))
-        table = np.array(rows, np.int64).reshape(-1, 3).T.copy()
-        return Pieces(np.array(first, np.int64), *table)
-
-
-def _stored(fitted: Fitted, placed: Placed, m: Member) -> Side:
-    """A member in its component's bytes."""
-    sizes = [d.size for d in placed.over]
-    split = next((i for i, d in enumerate(placed.over) if d.axis == WORD), None)
-    if split is None:
-        steps = [placed.cell_bytes * prod(sizes[i + 1 :]) for i in range(len(sizes))]
-        words = tuple(m.word * i for i in range(m.words + 1))
-    else:
-        # beyond the split a step moves by one word; before it, by all words of everything beyond
-        steps = [m.word * prod(sizes[i + 1 :]) for i in range(len(sizes))]
-        words = tuple(steps[split] * i for i in range(m.words + 1))
-    inside = m.start // 8 if m.start % 8 == 0 else 0
-    unit = m.word * m.words
-    placed_digits = [(d, step, 0) for d, step in zip(placed.over, steps, strict=True) if d.axis != WORD]
-    placed_digits += [(d, unit * prod(e.size for e in m.units[i + 1 :]), 0) for i, d in enumerate(m.units)]
-    placed_digits += [(d, 0, prod(e.size for e in m.fields[i + 1 :])) for i, d in enumerate(m.fields)]
-    byte, number, legs = inside, 0, []
-    for d, by, fd in placed_digits:
-        if d.reverse:
-            byte, number, by, fd = byte + by * (d.size - 1), number + fd * (d.size - 1), -by, -fd
-        legs.append(Leg(d.axis, d.stride, d.size, by, fd))
-    start = 0 if m.start % 8 == 0 else m.start
-    span = -(-(start + m.bits * prod(d.size for d in m.fields)) // (8 * m.word))
-    words = words if len(words) > span else tuple(m.word * i for i in range(span + 1))
-    return Side(byte, number, tuple(legs), prod(d.size for d in m.fields), m.bits, start, words, m.word)
-
-
-def _plain(fitted: Fitted, part: Part, m: Member) -> Side:
-    """The part itself: row-major whole numbers, of which the member holds some bits."""
-    size = itemsize(part.dtype)
-    legs = []
-    for i, (axis, extent) in enumerate(fitted.extents.items()):
-        legs.append(Leg(axis, part.share[i], part.shape[i], size * prod(part.shape[i + 1 :]), 0))
-    planes = prod(d.size for d in m.fields + m.units if d.axis == BIT)
-    planes *= prod(d.size for c in fitted.components if m in c.members for d in c.over if d.axis == BIT)
-    if planes > 1:
-        legs.append(Leg(BIT, 1, planes, 0, 1))
-    return Side(0, 0, tuple(legs), planes, m.bits, m.low, tuple(range(size + 1)), 1)
-
-
-def _code_bits(placed: Placed, m: Member) -> int:
-    return m.bits * prod(d.size for d in (*m.fields, *m.units, *placed.over) if d.axis == BIT)
-
-
-def _refine(source: Side, target: Side) -> list[tuple[Leg, Leg]] | None:
-    """Cut the legs of both sides at each other's ends; None if the ends do not nest."""
-    out = []
-    axes = dict.fromkeys(leg.axis for leg in (*source.legs, *target.legs))
-    for axis in axes:
-        ends = sorted({end for side in (source, target) for g in side.legs if g.axis == axis
-                       for end in (g.stride, g.stride * g.size)})
-        for low, high in zip(ends, ends[1:], strict=False):
-            if low == 0 or high % low:
-                return None
-            pair = [_cut(side, axis, low, high // low) for side in (source, target)]
-            if any(leg is None for leg in pair):
-                return None
-            out.append((pair[0], pair[1]))
-    return out  # type: ignore[return-value]
-
-
-def _cut(side: Side, axis: str, stride: int, size: int) -> Leg | None:
-    for g in side.legs:
-        if g.axis == axis and g.stride <= stride and stride * size <= g.stride * g.size:
-            if stride % g.stride:
-                return None
-            times = stride // g.stride
-            return Leg(axis, stride, size, g.byte * times, g.field * times)
-    return None
-
-
-def _move(raw: Array, source: Side, out: Array, target: Side) -> None:
-    from packfmt.kernels import move
-
-    pairs = _refine(source, target)
-    if pairs is None:
-        raise LayoutError("two placements whose digits do not nest")
-    pairs.sort(key=lambda p: (p[1].field != 0, -abs(p[1].byte), -abs(p[1].field)))
-    inner = [p for p in pairs if p[1].field]
-    units = [p for p in pairs if not p[1].field]
-    at = len(units)
-    while at and prod(p[1].size for p in units[at - 1 :]) <= TABLE:
-        at -= 1
-    outer = _steps(units[:at])
-    table = _table(units[at:], source, target)
-    move.move(raw, out, outer, table, _table(inner, None, None), source.pieces(), target.pieces())
-
-
-def _steps(pairs: list[tuple[Leg, Leg]]) -> Steps:
-    from packfmt.kernels.move import Steps
-
-    rows = [(t.size, s.byte, s.field, t.byte, t.field) for s, t in pairs]
-    return Steps(*np.array(rows, np.int64).reshape(-1, 5).T.copy())
-
-
-def _table(pairs: list[tuple[Leg, Leg]], source: Side | None, target: Side | None) -> Steps:
-    """Every setting of these digits, slowest first; the sides' own origins are added where given."""
-    from packfmt.kernels.move import Steps
-
-    origin = [(side.byte, side.field) if side else (0, 0) for side in (source, target)]
-    table = np.array([[*origin[0], *origin[1]]], np.int64)
-    for s, t in pairs:
-        step = np.array([s.byte, s.field, t.byte, t.field], np.int64)
-        table = (table[:, None] + np.arange(t.size)[:, None] * step).reshape(-1, 4)
-    return Steps(np.ones(len(table), np.int64), *table.T.copy())
 
 
 # ---------------------------------------------------------------- arrays
 
 
 def _bytes(array: Array) -> Array:
-    """The bytes of a contiguous array, not copied."""
+    """The bytes of an array; not copied if it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _cropped(layout: Layout, fitted: Fitted, shape: tuple[int, int], name: str) -> tuple[int, ...]:
-    """A part's shape without the positions that padding added."""
-    part = fitted.parts[name]
-    if part.shape == (-1,):
-        return part.shape
-    real = replace(layout, axes=tuple(replace(a, pad=1) for a in layout.axes))
-    extents = [dict(rows=shape[0], cols=shape[1])[a.of] // a.per if a.of else a.size for a in real.axes]
-    return tuple(-(-n // s) for n, s in zip(extents, part.share, strict=True))
+def _component(layout: Layout, components: Arrays, name: str) -> Array:
+    if name not in components:
+        raise LayoutError(f"{layout.name}: no component {name!r}; there are {', '.join(components)}")
+    return components[name]
 
 
-def _crop(layout: Layout, fitted: Fitted, shape: tuple[int, int], name: str, array: Array) -> Array:
-    want = _cropped(layout, fitted, shape, name)
-    return array if want in (array.shape, (-1,)) else array[tuple(slice(n) for n in want)]
+def _checked_component(layout: Layout, placed: Placed, components: Arrays) -> Array:
+    got, dtype = _component(layout, components, placed.name), dtype_of(placed.dtype)
+    if got.dtype != dtype or got.shape != placed.shape:
+        raise LayoutError(
+            f"{layout.name}: component {placed.name!r} is {got.dtype} {got.shape}, needs {dtype} {placed.shape}"
+        )
+    return got
 
 
-def _checked(layout: Layout, fitted: Fitted, shape: tuple[int, int], part: Part, parts: Arrays) -> Array:
+def _check_part(layout: Layout, part: Part, parts: Arrays) -> None:
     if part.name not in parts:
         raise LayoutError(f"{layout.name}: no part {part.name!r}; there are {', '.join(parts)}")
     got, dtype = parts[part.name], dtype_of(part.dtype)
-    want = _cropped(layout, fitted, shape, part.name)
-    fits = got.ndim == 1 if want == (-1,) else got.shape == want
+    fits = got.ndim == 1 if part.shape == (-1,) else got.shape == part.shape
     if got.dtype != dtype or not fits:
-        raise LayoutError(f"{layout.name}: part {part.name!r} is {got.dtype} {got.shape}, needs {dtype} {want}")
+        raise LayoutError(f"{layout.name}: part {part.name!r} is {got.dtype} {got.shape}, needs {dtype} {part.shape}")
     if part.bits < 8 * itemsize(part.dtype) and got.size and int(got.max()) >> part.bits:
         raise LayoutError(f"{layout.name}: part {part.name!r} has code {int(got.max())}, needs below {1 << part.bits}")
-    if want != (-1,) and want != part.shape:
-        got = np.pad(got, [(0, n - m) for n, m in zip(part.shape, want, strict=True)])
-    return got
+
+
+# ---------------------------------------------------------------- sides
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A digit with the place that a step of it adds: whole bytes, and bits within a unit."""
+
+    axis: int  # of the layout, or CODE_BITS
+    stride: int  # in elements of the part
+    size: int
+    byte: int
+    bit: int
+
+
+CODE_BITS: Final = -1  # the axis along which the bits of one code lie
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One end of a move: where element zero lies, and how the place grows along every axis.
+
+    A place is a byte and a bit from there on. Bits count on from word to word of a unit, and the
+    words of a unit may lie `gap` bytes apart.
+    """
+
+    byte: int
+    bit: int
+    legs: tuple[Leg, ...]
+    low: int  # which bits of the code lie here: low to high
+    high: int
+    word: int  # bytes
+    gap: int
+
+    def strides(self, axis: int) -> set[int]:
+        return {leg.stride for leg in self.legs if leg.axis == axis and leg.size > 1}
+
+    def steps(self, axis: int, index: Ints) -> Ints:
+        """(n,) positions along an axis -> (n, 2): the bytes and bits that they add."""
+        out = np.zeros((len(index), 2), np.int64)
+        for leg in self.legs:
+            if leg.axis == axis:
+                out += (index // leg.stride % leg.size)[:, None] * np.array([leg.byte, leg.bit])
+        return out
+
+    def address(self, place: Ints) -> Ints:
+        """(n, 2) bytes and bits -> (n,): bit n & 7 of byte n >> 3."""
+        word, bit = np.divmod(place[:, 1], 8 * self.word)
+        number: Ints = 8 * (place[:, 0] + self.gap * word) + bit
+        return number
+
+
+def _stored(fitted: Fitted, placed: Placed, m: Member) -> Side:
+    """A member in its component's bytes."""
+    sizes = [d.size for d in placed.over]
+    split = next((i for i, d in enumerate(placed.over) if d.axis == WORD), None)
+    # where the words of a unit lie apart, a step of the digits beyond is one word
+    cell = placed.cell_bytes if split is None else m.word
+    over = [cell * prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    gap = m.word if split is None else over[split]
+    digits = [(d, step, 0) for d, step in zip(placed.over, over, strict=True) if d.axis != WORD]
+    digits += [(d, m.word * m.words * prod(e.size for e in m.units[i + 1 :]), 0) for i, d in enumerate(m.units)]
+    digits += [(d, 0, m.bits * prod(e.size for e in m.fields[i + 1 :])) for i, d in enumerate(m.fields)]
+    byte, bit = divmod(m.start, 8)
+    whole = bit == 0 and gap == m.word  # then eight bits of a unit are a byte, wherever they are
+    axes, share = list(fitted.extents), fitted.parts[m.part].share
+    legs = [Leg(CODE_BITS, 1, m.bits, 0, 1)]
+    for d, by, bi in digits:
+        if d.reverse:
+            byte, bit, by, bi = byte + by * (d.size - 1), bit + bi * (d.size - 1), -by, -bi
+        if d.axis == BIT:
+            legs.append(Leg(CODE_BITS, d.stride * m.bits, d.size, by, bi))
+            continue
+        i = axes.index(d.axis)
+        leg = Leg(i, d.stride // share[i], d.size, by, bi)
+        legs += _bytewise(leg, d.stride * d.size == fitted.extents[d.axis]) if whole else [leg]
+    code_bits = m.bits * prod(g.size for g in legs[1:] if g.axis == CODE_BITS)
+    return Side(byte, bit, tuple(legs), m.low, m.low + code_bits, m.word, gap)
+
+
+def _plain(part: Part) -> Side:
+    """The part itself: row-major whole numbers."""
+    size = itemsize(part.dtype)
+    legs = [Leg(i, 1, n, size * prod(part.shape[i + 1 :]), 0) for i, n in enumerate(part.shape)]
+    return Side(0, 0, (Leg(CODE_BITS, 1, part.bits, 0, 1), *legs), 0, part.bits, size, size)
+
+
+def _bytewise(leg: Leg, last: bool) -> list[Leg]:
+    """The leg cut where its steps are whole bytes, which the last digit of an axis always can be."""
+    period = 8 // gcd(8, leg.bit)
+    if leg.size % period and not last:
+        return [leg]
+    step = leg.byte + leg.bit * period // 8
+    return [
+        Leg(leg.axis, leg.stride, period, leg.byte, leg.bit),
+        Leg(leg.axis, leg.stride * period, -(-leg.size // period), step, 0),
+    ]
+
+
+# ---------------------------------------------------------------- moves
+
+
+@dataclass(frozen=True, slots=True)
+class Even:
+    """A digit that moves by whole bytes on both sides."""
+
+    size: int
+    source: int
+    target: int
+
+    @property
+    def reach(self) -> int:
+        return max(abs(self.source), abs(self.target))
+
+
+def _move(raw: Array, source: Side, out: Array, target: Side, counts: tuple[int, ...]) -> None:
+    """Copy what both sides hold of the elements of one part, `counts` of them along the axes."""
+    bits = np.arange(max(source.low, target.low), min(source.high, target.high))
+    if not len(bits):
+        return
+    origin = np.array([[source.byte, source.bit, target.byte, target.bit]])
+    boxes = [_boxes(source.strides(axis) | target.strides(axis), n) for axis, n in enumerate(counts)]
+    for box in product(*boxes):
+        tables = [origin]  # of places, to be combined each with each
+        even = []
+        for axis, (positions, digits) in enumerate(box):
+            tables.append(_steps(source, target, axis, positions))
+            for stride, size in digits:
+                step = _steps(source, target, axis, np.array([stride]))
+                if step[0, 1] or step[0, 3]:
+                    tables.append(step * np.arange(size)[:, None])
+                else:
+                    even.append(Even(size, int(step[0, 0]), int(step[0, 2])))
+        # neighbouring bits last, so that they move as one piece
+        tables.sort(key=lambda table: -abs(table[-1] - table[0])[[1, 3]].max())
+        tables.append(_steps(source, target, CODE_BITS, bits))
+        _sweep(raw, source, out, target, tables, even)
+
+
+def _steps(source: Side, target: Side, axis: int, index: Ints) -> Ints:
+    """(n,) positions -> (n, 4): bytes and bits that they add to the place in source and target."""
+    low = (source.low, target.low) if axis == CODE_BITS else (0, 0)
+    return np.hstack([side.steps(axis, index - start) for side, start in zip((source, target), low, strict=True)])
+
+
+def _boxes(strides: Iterable[int], count: int) -> list[tuple[Ints, list[tuple[int, int]]]]:
+    """Cut the positions [0, count) of an axis into boxes in which the digits of both sides run evenly.
+
+    A box has digits (stride, size), each stride a multiple of the one before, and the positions below the
+    first stride, one by one. It is one position, unless digits do not nest, such as ten beside 32 columns.
+    A count that fills no whole number of steps leaves a rest, which is a box of its own.
+    """
+    chain = [1]
+    for stride in sorted(s for s in strides if s < count):
+        if stride % chain[-1]:
+            chain = [lcm(stride, chain[-1])]
+        elif stride > chain[-1]:
+            chain.append(stride)
+    out, start = [], 0
+    for i, stride in reversed(list(enumerate(chain))):
+        if size := (count - start) // stride:
+            below = [(low, high // low) for low, high in pairwise(chain[: i + 1])]
+            out.append((np.arange(start, start + chain[0]), [*below, (stride, size)]))
+        start += size * stride
+    if start < count:
+        out.append((np.arange(start, count), []))
+    return out
+
+
+def _sweep(raw: Array, source: Side, out: Array, target: Side, tables: list[Ints], even: list[Even]) -> None:
+    """Decide what becomes table, run and outer counter of the loop, and run it."""
+    from packfmt.kernels import move
+
+    backward = [e for e in even if e.target < 0]  # is walked from its far end
+    even = _merged([Even(e.size, -e.source, -e.target) if e.target < 0 else e for e in even])
+    run = max((e for e in even if e.source > 0), key=lambda e: (min(e.size, WORTH), -e.target), default=Even(1, 0, 0))
+    rest = sorted((e for e in even if e is not run), key=lambda e: -e.reach)
+    for table in _combined(tables):
+        table[:, [0, 2]] += sum(np.array([e.source, e.target]) * (e.size - 1) for e in backward)
+        pieces = _pieces(source.address(table[:, :2]), target.address(table[:, 2:]))
+        here, pieces = _widened(run, pieces)
+        block = max(WORTH, NEAR // max(1, here.reach))
+        outer = list(rest)
+        while outer and (room := ENOUGH // (len(pieces.mask) * min(block, here.size))) > 1:
+            near = outer.pop()
+            size = gcd(near.size, 1 << room.bit_length() - 1)
+            pieces = _repeated(pieces, Even(size, near.source, near.target))
+            if size < near.size:
+                outer.append(Even(near.size // size, near.source * size, near.target * size))
+                break
+        steps = np.array([(e.size, e.source, e.target) for e in outer], np.int64).reshape(-1, 3)
+        move.move(raw, out, move.Steps(*steps.T.copy()), pieces, move.Run(here.size, here.source, here.target, block))
+
+
+def _merged(even: list[Even]) -> list[Even]:
+    """Digits that continue each other made one, slowest first."""
+    out: list[Even] = []
+    for e in sorted(even, key=lambda e: (-e.target, -abs(e.source))):
+        if e.size == 1:
+            continue
+        if out and (out[-1].source, out[-1].target) == (e.source * e.size, e.target * e.size):
+            e = Even(out.pop().size * e.size, e.source, e.target)
+        out.append(e)
+    return out
+
+
+def _combined(tables: list[Ints]) -> Iterator[Ints]:
+    """Sums of one row of each table, the last running fastest; in several tables if they are many."""
+    if prod(len(t) for t in tables) > MOST_BITS:
+        i = max(range(len(tables)), key=lambda i: len(tables[i]))
+        for half in np.array_split(tables[i], 2):
+            yield from _combined([*tables[:i], half, *tables[i + 1 :]])
+        return
+    out = tables[0]
+    for table in tables[1:]:
+        out = (out[:, None] + table).reshape(-1, 4)
+    yield out
+
+
+def _pieces(source: Ints, target: Ints) -> Pieces:
+    """Bit numbers on both sides -> pieces: bits that follow each other within one byte of both."""
+    from packfmt.kernels.move import Pieces
+
+    starts = np.ones(len(source), bool)
+    starts[1:] = (np.diff(source) != 1) | (np.diff(target) != 1) | (source[1:] % 8 == 0) | (target[1:] % 8 == 0)
+    first = np.flatnonzero(starts)
+    bits = np.diff(first, append=len(source))
+    a, b = source[first], target[first]
+    mask, factor = ((1 << bits) - 1) << a % 8, 1 << (8 + b % 8 - a % 8)
+    return Pieces(a // 8, b // 8, mask.astype(np.uint64), factor.astype(np.uint64))
+
+
+def _repeated(pieces: Pieces, digit: Even) -> Pieces:
+    from packfmt.kernels.move import Pieces
+
+    steps = np.arange(digit.size)[:, None]
+    source, target = (steps * digit.source + pieces.source).ravel(), (steps * digit.target + pieces.target).ravel()
+    return Pieces(source, target, np.tile(pieces.mask, digit.size), np.tile(pieces.factor, digit.size))
+
+
+def _widened(run: Even, pieces: Pieces) -> tuple[Even, Pieces]:
+    """A run over whole numbers as a run over their bytes, where they lie side by side."""
+    size = len(pieces.mask)
+    side_by_side = (np.diff(pieces.source) == 1).all() and (np.diff(pieces.target) == 1).all()
+    if side_by_side and (pieces.mask == 255).all() and (run.source, run.target) in ((size, size), (0, 0)):
+        return Even(run.size * size, 1, 1), type(pieces)(*(field[:1] for field in pieces))
+    return run, pieces

@@ -11,8 +11,18 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from packfmt.codec import Array
+from packfmt.layout import Codes, Component, Layout, Values, cols, grid, rows
 
 BF16 = ml_dtypes.bfloat16
+
+PAIRS = Layout(  # the numbers of q4_0 in other places: neighbours share a byte, scales stand apart
+    "q4_0_pairs",
+    (
+        Component("packed", (rows(), cols(2)), (Codes("codes", 4, (), (cols(1, 2),)),)),
+        Component("scales", (rows(), cols(32)), (Values("scale", "<f2"),)),
+    ),
+    grid("affine", zero=8),
+)
 
 
 def normal(*shape: int, seed: int = 0, dtype: object = np.float32) -> Array:

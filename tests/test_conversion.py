@@ -21,10 +21,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import packfmt
-from packfmt import checkpoint, codecs, conversion, verify
+from packfmt import checkpoint, codecs, conversion, exporters, verify
 from packfmt.errors import ContainerError, LayoutError, MachineError, MismatchError, PlanError
-from packfmt.plan import Recipe
-from tests.models import BF16, folder, normal, same, tensors
+from packfmt.exporters import Extras
+from packfmt.plan import Plan, Recipe, Step
+from tests.models import BF16, PAIRS, folder, normal, same, tensors
 
 PACKING = tuple(n for n in codecs.names() if codecs.get(n).layout.grid.name != "plain")
 
@@ -141,6 +142,17 @@ def test_a_gguf_of_others_is_a_source(tmp_path: Path, kind: str) -> None:
     assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
     assert reader.fields["general.architecture"].contents() == "llama"
     assert reader.tensors[0].data.tobytes() == raw.tobytes()
+
+
+def test_a_layout_that_nobody_here_knows_is_repacked_exactly_into_one_with_the_same_numbers(tmp_path: Path) -> None:
+    packed = codecs.get("q4_0").encode(normal(64, 128, dtype=np.float32))
+    step = Step("w", packed.shape, "float32", PAIRS, PAIRS, "keep", "")
+    plan = Plan("", "safetensors", (step,))
+    exporters.get("safetensors").write(tmp_path / "in.safetensors", plan, iter([packed.repack(PAIRS)]), Extras())
+    report = conversion.convert(tmp_path / "in.safetensors", tmp_path / "out.gguf", "q4_0", check=True)
+    assert [(s.action, s.exact) for s in report.plan.steps] == [("repack", True)]
+    with checkpoint.open(tmp_path / "out.gguf") as out:
+        assert same(out["w"].components["blocks"], packed.components["blocks"])
 
 
 def test_quantising_again_decodes_first_and_the_plan_says_why(model: Path, tmp_path: Path) -> None:

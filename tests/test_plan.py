@@ -47,7 +47,13 @@ def test_matrices_of_linear_layers_embeddings_and_experts_are_packed_and_the_res
 
 
 def test_the_last_rule_that_matches_wins(model: Path) -> None:
-    rules = ((r"\.weight$", "q8_0"), (r"^embed", "keep"), (r"^embed\.", "f16"), (r"norm", "keep"), (r"bias|conv", "keep"))
+    rules = (
+        (r"\.weight$", "q8_0"),
+        (r"^embed", "keep"),
+        (r"^embed\.", "f16"),
+        (r"norm", "keep"),
+        (r"bias|conv", "keep"),
+    )
     found = layouts(planned(model, Recipe("q4_0", rules)))
     assert found["embed.weight"] == "f16" and found["layers.0.mlp.gate.weight"] == "q8_0"
     assert found["layers.0.norm.weight"] == "f32" and found["layers.0.mlp.experts.down_proj"] == "q4_0"
@@ -95,7 +101,9 @@ def test_a_fallback_that_does_not_fit_either_is_refused(tmp_path: Path) -> None:
 
 def test_a_job_that_would_pack_nothing_is_refused_and_says_why(tmp_path: Path) -> None:
     small = folder(tmp_path / "small", {"a.weight": normal(2, 32), "b": normal(64), "c": normal(3)})
-    with pytest.raises(PlanError, match=r"nothing here would become q8_0: 1 tensors stay \(small: 64 weights\), 2 tens"):
+    with pytest.raises(
+        PlanError, match=r"nothing here would become q8_0: 1 tensors stay \(small: 64 weights\), 2 tens"
+    ):
         planned(small, Recipe("q8_0"))
 
 
@@ -216,7 +224,9 @@ def test_an_edited_plan_is_followed_and_checked(model: Path) -> None:
 
 
 def test_decoding_gives_each_weight_its_own_dtype_again(tmp_path: Path) -> None:
-    first = folder(tmp_path / "first", {"a.weight": normal(64, 64, dtype=ml_dtypes.bfloat16), "b.weight": normal(64, 64)})
+    first = folder(
+        tmp_path / "first", {"a.weight": normal(64, 64, dtype=ml_dtypes.bfloat16), "b.weight": normal(64, 64)}
+    )
     conversion.convert(first, tmp_path / "second", "q8_0")
     with checkpoint.open(tmp_path / "second") as model:
         found = conversion.decode_plan(model, Path("out"))

@@ -21,7 +21,8 @@ import house
 LAW = {
     "errors": "",
     "kernels": "",
-    "layout": "",
+    "layout": "description",  # where it is asked to read or write one
+    "description": "layout",
     "placement": "layout kernels",
     "grids": "layout placement kernels",
     "codec": "layout placement grids kernels",

@@ -297,7 +297,9 @@ def _() -> bytes:
     return b""
 
 
-def foreign(*tensors: tuple[bytes, tuple[int, ...], int, int], size: int = 64, pairs: bytes = b"", count: int = -1) -> bytes:
+def foreign(
+    *tensors: tuple[bytes, tuple[int, ...], int, int], size: int = 64, pairs: bytes = b"", count: int = -1
+) -> bytes:
     """A GGUF as others write it: (name, dims, ggml type, offset) a tensor, then `size` bytes of zeros."""
     entries = b""
     for name, dims, kind, offset in tensors:

@@ -1,4 +1,4 @@
-"""Fill the table of every page in spec/formats from the layout itself.
+"""Fill the table of every page in spec/formats from the layout itself, and the rules in spec/README.md.
 
     python tools/spec_tables.py             rewrite what stands between <!-- layout --> and <!-- /layout -->
     python tools/spec_tables.py --check     compare only
@@ -12,14 +12,15 @@ import re
 import sys
 from fractions import Fraction
 from math import lcm
+from pathlib import Path
 
 import house
 from packfmt import codecs
 from packfmt.layout import DENSE, REST, WORD, Codes, Component, Digit, Layout, Member, Placed, Stream, Values, dtype_of
+from packfmt.verify import RULES
 
 PAGES = house.SPEC / "formats"
 VECTORS = house.SPEC / "vectors"
-MARKS = re.compile(r"(<!-- layout -->\n).*?(<!-- /layout -->)", re.S)
 HEADINGS = ["Purpose", "Bytes", "Numbers and rounding", "Worked example", "Edge cases", "Sources", "History"]
 COLUMNS = ("component", "stored as", "cells over", "at", "part", "width", "where in the cell", "meaning")
 
@@ -142,30 +143,44 @@ def number(value: object) -> str:
 # ---------------------------------------------------------------- pages
 
 
+def rules() -> str:
+    """The validator's rules, for spec/README.md."""
+    lines = [row("id", "severity", "what is wrong"), "|---|---|---|"]
+    return "\n".join([*lines, *(row(rule, *told) for rule, told in RULES.items()), ""])
+
+
+def fill(page: Path, mark: str, text: str) -> list[str]:
+    """Put `text` between <!-- mark --> and <!-- /mark -->, or with --check find it stale."""
+    old = page.read_text()
+    parts = re.split(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", old, flags=re.S)
+    if len(parts) != 2:
+        return [f"{house.place(page)}: needs one <!-- {mark} --> and one <!-- /{mark} -->"]
+    new = text.join(parts)
+    if new != old and "--check" in sys.argv:
+        return [f"{house.place(page)}: what stands after <!-- {mark} --> is stale; run `make spec`"]
+    if new != old:
+        page.write_text(new)
+    return []
+
+
+def look(name: str) -> list[str]:
+    """Fill a format's page; what is missing or wrong on it."""
+    page, findings = PAGES / f"{name}.md", []
+    if name not in DENSE and not any((VECTORS / name).glob("*")):
+        findings.append(f"spec/vectors/{name}: missing; a format needs bytes that another tool made")
+    if not page.exists():
+        return [*findings, f"{house.place(page)}: missing; copy the headings of another page"]
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^(#{1,2} .*?)\s*$", prose, re.M)
+    if headings != (wanted := [f"# {name}", *(f"## {h}" for h in HEADINGS)]):
+        findings.append(f"{house.place(page)}: has {', '.join(headings)}; needs {', '.join(wanted)}")
+    return findings + fill(page, "layout", table(codecs.get(name).layout))
+
+
 def main() -> int:
-    check, findings = "--check" in sys.argv, []
-    for name in house.formats():
-        page = PAGES / f"{name}.md"
-        if name not in DENSE and not any((VECTORS / name).glob("*")):
-            findings.append(f"spec/vectors/{name}: missing; a format needs bytes that another tool made")
-        if not page.exists():
-            findings.append(f"{house.place(page)}: missing; copy the headings of another page")
-            continue
-        old = page.read_text()
-        headings = re.findall(r"^(#{1,2} .*?)\s*$", re.sub(r"^```.*?^```", "", old, flags=re.M | re.S), re.M)
-        if headings != (wanted := [f"# {name}", *(f"## {h}" for h in HEADINGS)]):
-            findings.append(f"{house.place(page)}: has {', '.join(headings)}; needs {', '.join(wanted)}")
-        if len(MARKS.findall(old)) != 1:
-            findings.append(f"{house.place(page)}: needs one <!-- layout --> and one <!-- /layout -->")
-            continue
-        generated = table(codecs.get(name).layout)
-        new = MARKS.sub(lambda mark, text=generated: mark[1] + text + mark[2], old)  # type: ignore[misc]
-        if new != old and check:
-            findings.append(f"{house.place(page)}: its table is stale; run `make spec`")
-        elif new != old:
-            page.write_text(new)
-    names = {p.stem for p in PAGES.glob("*.md")}
-    findings += [f"spec/formats/{n}.md: no format is called so" for n in sorted(names - set(house.formats()))]
+    names = house.formats()
+    findings = [line for name in names for line in look(name)] + fill(house.SPEC / "README.md", "rules", rules())
+    findings += [f"{house.place(p)}: no format is called so" for p in PAGES.glob("*.md") if p.stem not in names]
     return house.tell(findings, f"{len(names)} pages agree with their layouts")
 
 

@@ -12,7 +12,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Pack model weights into low-bit layouts whose bytes are specified, proved and portable.",
 )
 
 Source = Annotated[
@@ -61,4 +60,4 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    pass
+    """Pack model weights into low-bit layouts whose bytes are specified, proved and portable."""

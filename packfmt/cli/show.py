@@ -42,6 +42,7 @@ def size(nbytes: float) -> str:
 
 
 def shape(dims: tuple[int, ...]) -> str:
+    """Dimensions for people: 384x1536."""
     return "x".join(map(str, dims)) or "scalar"
 
 

@@ -75,6 +75,8 @@ class Source(Protocol):
 
 
 class Container(Protocol):
+    """A container's module; what its members do stands above."""
+
     NAME: str
 
     def refusal(self, layout: Layout, shape: tuple[int, ...]) -> str: ...

@@ -21,7 +21,7 @@ import numpy as np
 
 from packfmt.codec import Array, PackedTensor, dense_dtype, matrix
 from packfmt.errors import ContainerError, LayoutError, PlanError
-from packfmt.exporters import Extras, Layouts, TensorInfo
+from packfmt.exporters import Extras, KeyValue, Layouts, TensorInfo
 from packfmt.exporters import safetensors_header as header
 from packfmt.exporters.safetensors_header import DTYPES, NAME_OF, Entry, Header
 from packfmt.exporters.whole import Check, whole_file, whole_folder
@@ -431,15 +431,15 @@ def _carried(file: Path, folder: Path) -> bool:
 
 
 def read_json(path: Path) -> Any:
+    """The data of a JSON file beside the weights."""
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ContainerError(f"{path}: not JSON: {error}", "PF102") from error
 
 
-def read_keyvalues(path: Path) -> dict[str, Any]:
-    from packfmt.exporters import KeyValue
-
+def read_keyvalues(path: Path) -> dict[str, KeyValue]:
+    """A GGUF's metadata, as `write` stored them beside the weights."""
     data = read_json(path)
     try:
         return {k: KeyValue(str(v["type"]), v["value"]) for k, v in data.items()}

@@ -41,6 +41,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
+    """What stands before the tensors' bytes."""
+
     entries: dict[str, Entry]
     metadata: dict[str, str]
     data: int  # offset of the first tensor byte in the file
@@ -114,6 +116,7 @@ def _entry(where: str, value: Any) -> Entry:
 
 
 def element_bits(dtype: str) -> int:
+    """Bits of one element of a dtype, as the file names it."""
     from packfmt.layout import itemsize
 
     return BITS.get(dtype) or 8 * itemsize(DTYPES[dtype])

@@ -1,9 +1,8 @@
 """Move bit fields from one placement to another: the loop behind pack, unpack and repack.
 
-Every field has a place: a byte, and a number p that says which bits from there on are its own.
-Both are sums over the digits of a mixed-radix counter, so three small tables (outer digits, units,
-fields of a unit) hold all places of a tensor of any size. A field's bits are a few pieces, each
-within one byte.
+Every field is cut into pieces that lie within one byte on both sides. A table holds the pieces of a
+few neighbouring fields, a run repeats them evenly, and the steps of an outer counter repeat the run:
+so tables of a few kilobytes hold all places of a tensor of any size.
 """
 
 from __future__ import annotations
@@ -15,108 +14,77 @@ from numba import njit
 
 from packfmt.kernels import threads
 
-LEAST_FIELDS = 1 << 16  # fields worth a thread
-
-
-class Steps(NamedTuple):
-    """Where a digit's or a table's settings lie, on both sides; int64 arrays of equal length."""
-
-    size: np.ndarray  # of an outer digit; unused in tables
-    source_byte: np.ndarray
-    source_field: np.ndarray
-    target_byte: np.ndarray
-    target_field: np.ndarray
+LEAST_PIECES = 1 << 17  # pieces worth a thread
+EIGHT = np.uint64(8)
+WHOLE, IN_PLACE = np.uint64(255), np.uint64(256)  # mask and factor of a piece that is a byte
 
 
 class Pieces(NamedTuple):
-    """The bits of field p are pieces first[p] to first[p + 1], lowest bits first; int64 arrays."""
+    """What moves together. A piece of n bits goes from bit a of one byte to bit b of another."""
 
-    first: np.ndarray
-    byte: np.ndarray  # from the unit's first byte
-    shift: np.ndarray  # in that byte
-    bits: np.ndarray
-
-    @property
-    def single(self) -> bool:
-        return len(self.byte) == len(self.first) - 1
+    source: np.ndarray  # byte; int64, and so is target
+    target: np.ndarray
+    mask: np.ndarray  # (2**n - 1) << a; uint64, and so is factor
+    factor: np.ndarray  # 2**(8 + b - a): one product instead of a shift whose direction varies
 
 
-def move(
-    source: np.ndarray, target: np.ndarray, outer: Steps, units: Steps, fields: Steps, read: Pieces, write: Pieces
-) -> None:
-    """Copy every field from `source` to `target`, both flat uint8; the target's own bits must be zero.
+class Steps(NamedTuple):
+    """Digits of the outer counter, slowest first: how many steps, of how many bytes; int64 arrays."""
 
-    No two units of the target may share a byte.
+    size: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+
+
+class Run(NamedTuple):
+    """`size` repetitions, each this many bytes after the one before, `block` of them at a time."""
+
+    size: int
+    source: int
+    target: int
+    block: int
+
+
+def move(source: np.ndarray, target: np.ndarray, outer: Steps, pieces: Pieces, run: Run) -> None:
+    """Copy the bits of every piece, at every step of run and outer counter.
+
+    source, target : flat uint8, not overlapping; the bits of `target` that are written must be zero.
+    No two steps of run or counter may write to the same byte, and a run's steps are not negative.
     """
-    total = int(np.prod(outer.size))
-    if not total or not len(units.size) or not len(fields.size):
+    if not run.size or not outer.size.all():
         return
-    least = -(-LEAST_FIELDS // (len(units.size) * len(fields.size)))
-    loop = _move_bytes if read.single and write.single else _move
+    settings = int(np.prod(outer.size))
+    blocks = -(-run.size // run.block)
+    least = -(-LEAST_PIECES // (len(pieces.source) * run.block))
 
     def work(start: int, stop: int) -> None:
-        loop(source, target, start, stop, outer, units, fields, read, write)
+        _move(source, target, start, stop, settings, outer, pieces, run)
 
-    threads.spread(work, total, least)
-
-
-@njit(cache=True, nogil=True)
-def _move(source, target, start, stop, outer, units, fields, read, write):
-    for o in range(start, stop):
-        left = o
-        s_byte = s_field = t_byte = t_field = 0
-        for d in range(outer.size.size - 1, -1, -1):
-            value = left % outer.size[d]
-            left //= outer.size[d]
-            s_byte += value * outer.source_byte[d]
-            s_field += value * outer.source_field[d]
-            t_byte += value * outer.target_byte[d]
-            t_field += value * outer.target_field[d]
-        for u in range(units.size.size):
-            su_byte = s_byte + units.source_byte[u]
-            su_field = s_field + units.source_field[u]
-            tu_byte = t_byte + units.target_byte[u]
-            tu_field = t_field + units.target_field[u]
-            for f in range(fields.size.size):
-                p = su_field + fields.source_field[f]
-                at = su_byte + fields.source_byte[f]
-                value, got = np.uint64(0), np.uint64(0)
-                for i in range(read.first[p], read.first[p + 1]):
-                    piece = np.uint64(source[at + read.byte[i]]) >> np.uint64(read.shift[i])
-                    piece &= (np.uint64(1) << np.uint64(read.bits[i])) - np.uint64(1)
-                    value |= piece << got
-                    got += np.uint64(read.bits[i])
-                p = tu_field + fields.target_field[f]
-                at = tu_byte + fields.target_byte[f]
-                for i in range(write.first[p], write.first[p + 1]):
-                    piece = value & ((np.uint64(1) << np.uint64(write.bits[i])) - np.uint64(1))
-                    target[at + write.byte[i]] |= np.uint8(piece << np.uint64(write.shift[i]))
-                    value >>= np.uint64(write.bits[i])
+    threads.spread(work, settings * blocks, least)
 
 
 @njit(cache=True, nogil=True)
-def _move_bytes(source, target, start, stop, outer, units, fields, read, write):
-    """`_move` where every field lies within one byte on both sides."""
-    mask = np.uint8((1 << read.bits[0]) - 1)
+def _move(source, target, start, stop, settings, outer, pieces, run):
+    source_step, target_step = np.uint64(run.source), np.uint64(run.target)
     for o in range(start, stop):
-        left = o
-        s_byte = s_field = t_byte = t_field = 0
+        # blocks of the run are the slowest digit: what is near on both sides is visited soon
+        first, left = o // settings * run.block, o % settings
+        count = min(run.block, run.size - first)
+        source_byte, target_byte = first * run.source, first * run.target
         for d in range(outer.size.size - 1, -1, -1):
-            value = left % outer.size[d]
+            source_byte += left % outer.size[d] * outer.source[d]
+            target_byte += left % outer.size[d] * outer.target[d]
             left //= outer.size[d]
-            s_byte += value * outer.source_byte[d]
-            s_field += value * outer.source_field[d]
-            t_byte += value * outer.target_byte[d]
-            t_field += value * outer.target_field[d]
-        for u in range(units.size.size):
-            su_byte = s_byte + units.source_byte[u]
-            su_field = s_field + units.source_field[u]
-            tu_byte = t_byte + units.target_byte[u]
-            tu_field = t_field + units.target_field[u]
-            for f in range(fields.size.size):
-                p = su_field + fields.source_field[f]
-                at = su_byte + fields.source_byte[f] + read.byte[p]
-                code = (source[at] >> np.uint8(read.shift[p])) & mask
-                p = tu_field + fields.target_field[f]
-                at = tu_byte + fields.target_byte[f] + write.byte[p]
-                target[at] |= np.uint8(code << np.uint8(write.shift[p]))
+        for p in range(pieces.source.size):
+            mask, factor = pieces.mask[p], pieces.factor[p]
+            s, t = np.uint64(source_byte + pieces.source[p]), np.uint64(target_byte + pieces.target[p])
+            if mask == WHOLE and factor == IN_PLACE:
+                for _ in range(count):
+                    target[t] = source[s]
+                    s += source_step
+                    t += target_step
+                continue
+            for _ in range(count):
+                target[t] |= np.uint8((source[s] & mask) * factor >> EIGHT)
+                s += source_step
+                t += target_step

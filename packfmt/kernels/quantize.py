@@ -86,9 +86,15 @@ def cast(weight: np.ndarray, name: str, dtype: np.dtype, wider: str) -> dict[str
     LayoutError
         If a finite weight becomes infinite; `wider` is the format to use instead.
     """
-    with np.errstate(over="ignore"):
-        values = weight.astype(dtype)
-    if lost := int(np.count_nonzero(np.isinf(values)) - np.count_nonzero(np.isinf(weight))):
+    values = np.empty(weight.shape, dtype)
+
+    def work(start: int, stop: int) -> None:
+        with np.errstate(over="ignore"):
+            values[start:stop] = weight[start:stop]
+
+    _share(work, weight)
+    infinite = np.isinf(values)
+    if infinite.any() and (lost := int(np.isfinite(weight[infinite]).sum())):
         raise LayoutError(f"{name}: {lost} of {weight.size} weights overflow {dtype.name}; use {wider}")
     return {"values": values}
 
@@ -99,15 +105,21 @@ def cast(weight: np.ndarray, name: str, dtype: np.dtype, wider: str) -> dict[str
 def _blocks(loop: Callable[..., None], weight: np.ndarray, block: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Run a loop over all rows: (rows, cols) codes of `dtype`, (rows, cols / block) float32 scales."""
     rows, cols = weight.shape
-    codes = np.empty((rows, cols), dtype)
+    codes: np.ndarray = np.empty((rows, cols), dtype)
     scale = np.empty((rows, cols // block), F32)
     bits = weight.view(np.uint32)
 
     def work(start: int, stop: int) -> None:
         loop(weight[start:stop], bits[start:stop], codes[start:stop], scale[start:stop])
 
-    threads.spread(work, rows, -(-LEAST_WEIGHTS // max(1, cols)))
+    _share(work, weight)
     return codes, scale
+
+
+def _share(work: Callable[[int, int], None], weight: np.ndarray) -> None:
+    """Call work(first row, end) for all rows, on as many threads as they are worth."""
+    rows, cols = weight.shape
+    threads.spread(work, rows, -(-LEAST_WEIGHTS // max(1, cols)))
 
 
 def _half(name: str, scale: np.ndarray) -> np.ndarray:
@@ -189,25 +201,23 @@ def _tq2_0(weight, bits, codes, scale):
 
 @njit(cache=True, nogil=True)
 def _mxfp4(weight, bits, codes, scale):
-    limits = np.empty(7, F32)  # halfway from a magnitude to the next
     for row in range(weight.shape[0]):
         for block in range(scale.shape[1]):
             start, stop = 32 * block, 32 * block + 32
             peak = abs(weight[row, _peak(bits[row], start, stop)])
             exponent = F32(0)
             if peak > ZERO:
-                # log2 rounded to float32, which is the next whole number for peaks just below a power of two
-                exponent = max(exponent, np.floor(F32(log2(peak))) + F32(125))
+                # rounded to float32 log2 is the next whole number for peaks just below a power of two;
+                # float64 first, for libraries differ in the last bit of their float32 logarithms
+                exponent = max(exponent, np.floor(F32(log2(np.float64(peak)))) + F32(125))
             scale[row, block] = exponent
             step = F32(ldexp(1.0, int(exponent) - 128))
-            for i in range(7):
-                # infinite where the larger one is beyond float32, so that it is not chosen
-                limits[i] = HALF * (E2M1[i] * step) + HALF * (E2M1[i + 1] * step)
             for j in range(start, stop):
                 size = abs(weight[row, j])
                 code = np.uint8(0)
                 for i in range(7):
-                    code += np.uint8(size > limits[i])
+                    # halfway to the next magnitude; infinite, so never passed, where that is beyond float32
+                    code += np.uint8(size > HALF * (E2M1[i] * step) + HALF * (E2M1[i + 1] * step))
                 if weight[row, j] < ZERO and code:
                     code |= np.uint8(8)  # code 8, a second zero, is never written
                 codes[row, j] = code
