@@ -21,6 +21,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from math import lcm, prod
 from typing import Any, Final
 
@@ -109,8 +110,9 @@ class Values:
 class Component:
     """An array of equal cells over digits, stored as one array.
 
-    `dims` says how many of its digits (those of `over`, then a lone member's units, or a record's
-    bytes) make each dimension of the stored array; empty means the first digit, then all others.
+    `dims` says how many of its digits (those of `over`, then a lone member's units and words, or a
+    record's bytes) make each dimension of the stored array; empty means the first digit, then all
+    others. A record is a cell of several members, or of one that starts `at` a bit.
     """
 
     name: str
@@ -404,10 +406,9 @@ def _place(
         pieces.setdefault(m.name, []).append((low, part))
         members.append(Member(m.name, bits, low, start, word, words, units, fields))
     over = _solve_words(f"{layout}.{c.name}", over, members[0].words)
-    stored = "u1" if len(members) > 1 else _stored_dtype(c.cell[0])
     spare = end - sum(t.count * t.used for t in taken)
-    shape = _stored_shape(layout, c, over, members, end // 8)
-    return Placed(c.name, stored, shape, over, end // 8, tuple(members), spare)
+    stored = _stored(f"{layout}.{c.name}", c, over, members[0], end // 8)
+    return Placed(c.name, *stored, over, end // 8, tuple(members), spare)
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,28 +436,23 @@ def _words(digits: tuple[Digit, ...]) -> str:
     return " ".join(f"{d.axis}:{d.stride}x{d.size}" for d in digits)
 
 
-def _stored_dtype(m: Codes | Values) -> str:
-    return m.word if isinstance(m, Codes) else m.dtype
-
-
-def _stored_shape(
-    name: str, c: Component, over: tuple[Digit, ...], members: list[Member], cell_bytes: int
-) -> tuple[int, ...]:
-    sizes = [d.size for d in over]
-    if len(members) > 1:
-        sizes.append(cell_bytes)
+def _stored(
+    where: str, c: Component, over: tuple[Digit, ...], m: Member, cell_bytes: int
+) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of the stored array: the words of a lone member, or the bytes of a record."""
+    sizes, first = [d.size for d in over], c.cell[0]
+    if len(c.cell) > 1 or (isinstance(first, Codes) and first.at is not None):
+        dtype, inner = "u1", [cell_bytes]
     else:
-        sizes += [d.size for d in members[0].units]
-        if members[0].words > 1 and not any(d.axis == WORD for d in over):
-            sizes.append(members[0].words)
+        dtype = first.word if isinstance(first, Codes) else first.dtype
+        inner = [d.size for d in m.units]
+        inner += [m.words] if m.words > 1 and not any(d.axis == WORD for d in over) else []
+    sizes += inner
     dims = c.dims or ((1, len(sizes) - 1) if len(sizes) > 1 else (len(sizes),))
     if sum(dims) != len(sizes):
-        raise LayoutError(f"{name}.{c.name}: dims {dims} of {len(sizes)} digits")
-    out, at = [], 0
-    for n in dims:
-        out.append(prod(sizes[at : at + n]))
-        at += n
-    return tuple(out)
+        raise LayoutError(f"{where}: dims {dims} of {len(sizes)} digits")
+    ends = list(accumulate(dims, initial=0))
+    return dtype, tuple(prod(sizes[a:b]) for a, b in pairwise(ends))
 
 
 def _solve(

@@ -113,7 +113,7 @@ class Plan:
 class Recipe:
     """What the user wants: a layout for the weights, and rules for those that want another.
 
-    `overrides` are (regular expression, layout or "keep"), searched in the tensor's name; later rules win.
+    `to` "keep" changes only the container. `overrides` are (regular expression, layout or "keep"), searched in the tensor's name; later rules win.
     `fallback` is what tensors get whose columns do not fill the chosen layout's blocks.
     """
 
@@ -246,6 +246,8 @@ def _choose(info: TensorInfo, recipe: Recipe, rules: list[tuple[re.Pattern[str],
     dtype = dense_dtype(info.layout)
     if recipe.to == DENSE_AGAIN:
         return (KEEP, "dense") if dtype else (DENSE_AGAIN, "packed")
+    if recipe.to == KEEP:
+        return KEEP, "--to keep"
     if why := stays(info.name, info.shape, dtype) if dtype else "":
         return KEEP, why
     return recipe.to, WEIGHTS if dtype else "packed"

@@ -80,7 +80,7 @@ def small(layout: Layout) -> tuple[int, int]:
 
 def random_part(rng: np.random.Generator, part: Part) -> np.ndarray:
     dtype = dtype_of(part.dtype)
-    raw = rng.integers(0, 256, prod(part.shape) * dtype.itemsize, np.uint8)
+    raw = rng.integers(0, 2 if dtype == bool else 256, prod(part.shape) * dtype.itemsize, np.uint8)
     array = raw.view(dtype).reshape(part.shape)
     return array & dtype.type((1 << part.bits) - 1) if part.bits < 8 * dtype.itemsize else array
 

@@ -46,6 +46,13 @@ def test_matrices_of_linear_layers_embeddings_and_experts_are_packed_and_the_res
     }
 
 
+def test_keep_changes_only_the_container(model: Path, tmp_path: Path) -> None:
+    conversion.convert(model, tmp_path / "out", "q4_0", overrides={"embed": "q8_0"})
+    found = planned(tmp_path / "out", Recipe("keep"), "out.gguf")
+    assert {s.action for s in found.steps} == {"keep"} and found.container == "gguf"
+    assert layouts(found)["embed.weight"] == "q8_0" and layouts(found)["layers.0.mlp.up_proj.weight"] == "q4_0"
+
+
 def test_the_last_rule_that_matches_wins(model: Path) -> None:
     rules = (
         (r"\.weight$", "q8_0"),

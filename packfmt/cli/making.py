@@ -52,15 +52,17 @@ def convert(
             report = work.run(plan, model, target, check=verify, force=force, progress=done)
         behind = list(model.extras.files) if target.is_file() else []
     if behind:
-        print(f"not taken along, for {target.name} is one file: {', '.join(behind)}", file=sys.stderr)
+        some = ", ".join([*behind[:3], *([f"and {len(behind) - 3} more"] if len(behind) > 3 else [])])
+        print(f"not taken along, for {target.name} is one file: {some}", file=sys.stderr)
     if json:
         sizes = {"source_bytes": report.source_bytes, "bytes": report.bytes, "seconds": round(report.seconds, 3)}
         show.as_json({"path": str(report.path), **sizes, "verified": verify, "plan": plan.to_json()})
     else:
         _show_summary(plan)
-        ratio = report.source_bytes / max(1, report.bytes)
         checked = ", verified" if verify else ""
-        print(f"{target}: {show.size(report.bytes)}, {ratio:.2f} times smaller, {report.seconds:.1f} s{checked}")
+        print(
+            f"{target}: {show.size(report.bytes)}, {_ratio(report.source_bytes, report.bytes)}, {report.seconds:.1f} s{checked}"
+        )
     return GOOD
 
 
@@ -225,6 +227,13 @@ def _show_summary(plan: Plan) -> None:
             )
         )
     show.table(("action", "layout", "tensors", "weights", "bits/weight", "size"), rows)
+
+
+def _ratio(before: int, after: int) -> str:
+    ratio = before / max(1, after)
+    if 0.99 < ratio < 1.01:
+        return "the same size"
+    return f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / max(ratio, 1e-9):.2f} times larger"
 
 
 def _action(action: str, exact: bool) -> str:

@@ -20,7 +20,7 @@ Source = Annotated[
 Target = Annotated[
     Path, typer.Argument(metavar="DST", help="a new folder; or a .safetensors or .gguf file", show_default=False)
 ]
-To = Annotated[str, typer.Option("--to", metavar="LAYOUT", help="layout of the weights; see packfmt formats")]
+To = Annotated[str, typer.Option("--to", metavar="LAYOUT", help="layout of the weights, or keep; see packfmt formats")]
 Maps = Annotated[
     list[str] | None,
     typer.Option(
