@@ -10,8 +10,9 @@ from types import TracebackType
 from packfmt import exporters
 from packfmt.codec import PackedTensor
 from packfmt.errors import ContainerError
-from packfmt.exporters import Extras, TensorInfo
+from packfmt.exporters import Extras
 from packfmt.layout import DENSE, Layout
+from packfmt.plan import TensorInfo
 
 
 class Checkpoint(Mapping[str, PackedTensor]):

@@ -1,6 +1,7 @@
-"""A layout as JSON: what files carry, and what `Layout.id` is the hash of.
+"""A layout as a description: written as JSON, read from it, checked.
 
-Reading trusts nothing: a description comes out of a file that anybody may have written.
+Files carry descriptions, and `Layout.id` is the hash of one. Reading trusts nothing, for anybody may
+have written the file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,25 @@ from math import isfinite
 from typing import Any, Final
 
 from packfmt.errors import LayoutError
-from packfmt.layout import DTYPES, MAX_EXTENT, WORDS, Axis, Codes, Component, Digit, Grid, Layout, Stream, Values
+from packfmt.layout import (
+    BIT,
+    DTYPES,
+    MAX_EXTENT,
+    REST,
+    TOP,
+    WORD,
+    WORDS,
+    Axis,
+    Codes,
+    Component,
+    Digit,
+    Grid,
+    Layout,
+    Stream,
+    Values,
+    bounded,
+    dtype_of,
+)
 
 MOST: Final = {"axes": 8, "components": 32, "a cell": 64, "digits": 16, "dims": 8, "a list of numbers": 4096}
 
@@ -179,3 +198,68 @@ def _shown(data: Any) -> str:
         return repr(data[:40])
     plain = data is None or isinstance(data, bool | float) or (isinstance(data, int) and data.bit_length() < 99)
     return repr(data) if plain else f"a {type(data).__name__}"
+
+
+# ---------------------------------------------------------------- checked
+
+
+def check(layout: Layout) -> None:
+    """Refuse what no shape could make a layout: names unknown or used twice, numbers out of bounds.
+
+    Raises
+    ------
+    LayoutError
+        Names the component, member and axis.
+    """
+    known = [a.name for a in layout.axes]
+    for a in layout.axes:
+        where = f"{layout.name}: axis {a.name!r}"
+        if known.count(a.name) > 1 or a.name in (WORD, BIT):
+            raise LayoutError(f"{where}: its name is taken")
+        if a.of not in ("", "rows", "cols"):
+            raise LayoutError(f"{where}: of {a.of!r}, needs rows or cols")
+        for what, value in ("per", a.per), ("pad", a.pad), ("size", a.size if not a.of else 1):
+            bounded(where, what, value, 1, MAX_EXTENT)
+    names = [c.name for c in layout.components]
+    for c in layout.components:
+        where = f"{layout.name}.{c.name}"
+        if names.count(c.name) > 1:
+            raise LayoutError(f"{where}: two components share a name")
+        if isinstance(c, Stream):
+            dtype_of(c.dtype)
+        elif not c.cell:
+            raise LayoutError(f"{where}: an empty cell")
+        else:
+            for n in c.dims:
+                bounded(where, "a number of dims", n, 0, 64)
+            _check_digits(where, c.over, (*known, WORD, BIT))
+    streams = {s.name for s in layout.streams}
+    for c, m, digits in layout.members():
+        where = f"{layout.name}.{c.name}.{m.name}"
+        if m.name in streams:
+            raise LayoutError(f"{where}: a stream has this name, too")
+        _check_digits(where, digits[len(c.over) :], (*known, BIT))
+        if isinstance(m, Values):
+            dtype_of(m.dtype)
+            continue
+        if m.word not in WORDS:
+            raise LayoutError(f"{where}: words of {m.word!r}, needs one of {', '.join(WORDS)}")
+        bounded(where, "bits", m.bits, 1, 64)
+        bounded(where, "low", m.low, 0, 63)
+        bounded(where, "at", m.at or 0, 0, MAX_EXTENT)
+        bounded(where, "levels", m.levels, 0, 1 << 64)
+
+
+def _check_digits(where: str, digits: tuple[Digit, ...], known: tuple[str, ...]) -> None:
+    for d in digits:
+        along = f"{where}: along {d.axis!r}"
+        if d.axis not in known:
+            raise LayoutError(f"{where}: no axis {d.axis!r} here; there are {', '.join(known)}")
+        bounded(along, "a stride", d.stride, 0, MAX_EXTENT)
+        bounded(along, "a size", d.size, 0, MAX_EXTENT)
+        if d.axis == WORD and (d.stride != 1 or d.reverse):
+            raise LayoutError(f"{along} a digit that is no plain count of the words")
+        if d.axis == BIT and not (d.stride and d.size):
+            raise LayoutError(f"{along} a digit without stride or size")
+        if d.axis != WORD and d.stride == TOP and d.size == REST:
+            raise LayoutError(f"{along} a digit with neither stride nor size")

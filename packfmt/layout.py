@@ -336,6 +336,11 @@ def _inner(m: Codes | Values) -> tuple[Digit, ...]:
     return (*m.units, *m.fields) if isinstance(m, Codes) else m.digits
 
 
+def _as_codes(m: Codes | Values) -> Codes:
+    """A whole number is a code that fills its word."""
+    return m if isinstance(m, Codes) else Codes(m.name, 8 * itemsize(m.dtype), m.digits, word=m.dtype)
+
+
 _NOUN = {"rows": "rows", "cols": "columns"}
 
 
@@ -343,8 +348,7 @@ _NOUN = {"rows": "rows", "cols": "columns"}
 def _fit(layout: Layout, n_rows: int, n_cols: int) -> Fitted:
     sides, block = {"rows": n_rows, "cols": n_cols}, _block(layout)
     for name, have in sides.items():
-        if not 0 <= have <= MAX_EXTENT:
-            raise LayoutError(f"{layout.name}: {have} {_NOUN[name]}, needs 0 to 2**48")
+        bounded(layout.name, f"the number of {_NOUN[name]}", have, 0, MAX_EXTENT)
         if have % block[name]:
             raise LayoutError(f"{layout.name}: {have} {_NOUN[name]}, needs a multiple of {block[name]}")
     real = {a.name: sides[a.of] // a.per if a.of else a.size for a in layout.axes}
@@ -352,11 +356,10 @@ def _fit(layout: Layout, n_rows: int, n_cols: int) -> Fitted:
     pieces: dict[str, list[tuple[int, Part]]] = {}
     placed = [_place(layout.name, c, real, extents, pieces) for c in layout.components if isinstance(c, Component)]
     parts = {name: _assemble(f"{layout.name}.{name}", found) for name, found in pieces.items()}
+    for name, size in [(c.name, c.nbytes) for c in placed] + [(p.name, 8 * prod(p.shape)) for p in parts.values()]:
+        bounded(f"{layout.name}.{name}", "its size in bytes", size, 0, MAX_BYTES)
     for s in layout.streams:
         parts[s.name] = Part(s.name, s.dtype, 8 * itemsize(s.dtype), (-1,), (), 0)
-    for name, size in [(c.name, c.nbytes) for c in placed] + [(p.name, prod(p.shape)) for p in parts.values()]:
-        if size > MAX_BYTES:
-            raise LayoutError(f"{layout.name}.{name}: {size} bytes, needs at most 2**56")
     return Fitted(layout, extents, tuple(placed), parts)
 
 
@@ -369,19 +372,14 @@ def _place(
     over: tuple[Digit, ...] = ()
     split = any(d.axis == WORD for d in c.over)
     for m in c.cell:
-        where = f"{layout}.{c.name}.{m.name}"
-        if isinstance(m, Codes):
-            bits, low, word, at, levels, dtype = m.bits, m.low, itemsize(m.word), m.at, m.levels, ""
-            cut = len(m.units)
-        else:
-            bits, low, word, at, levels, dtype = 8 * itemsize(m.dtype), 0, itemsize(m.dtype), None, 0, m.dtype
-            cut = len(m.digits)
+        where, code = f"{layout}.{c.name}.{m.name}", _as_codes(m)
+        bits, at, word = code.bits, code.at, itemsize(code.word)
         solved, share = _solve(where, (*c.over, *_inner(m)), extents)
-        head, inner = solved[: len(c.over)], solved[len(c.over) :]
+        head, first_field = solved[: len(c.over)], len(c.over) + len(code.units)
         over = over if members else head
         if head != over:
             raise LayoutError(f"{where}: its cells run over {_words(head)}, those of the component over {_words(over)}")
-        units, fields = inner[:cut], inner[cut:]
+        units, fields = solved[len(c.over) : first_field], solved[first_field:]
         used = bits * prod(d.size for d in fields)
         words = -(-used // (8 * word))
         count, step = prod(d.size for d in units), 8 * word * words
@@ -397,14 +395,15 @@ def _place(
                 raise LayoutError(f"{where}: bit {bit} of the cell is claimed by {other.where}, too")
         taken.append(mine)
         code_bits = bits * prod(d.size for d in solved if d.axis == BIT)
-        if low + code_bits > 64:
-            raise LayoutError(f"{where}: bits {low} to {low + code_bits}, a code has at most 64")
-        if dtype and code_bits != bits:
+        if code.low + code_bits > 64:
+            raise LayoutError(f"{where}: bits {code.low} to {code.low + code_bits}, a code has at most 64")
+        if isinstance(m, Values) and code_bits != bits:
             raise LayoutError(f"{where}: along {BIT!r} only codes can be cut")
+        dtype = m.dtype if isinstance(m, Values) else ""
         shape = tuple(-(-real[a] // s) if s else 1 for a, s in share.items())
-        part = Part(m.name, dtype, code_bits, shape, tuple(s or max(1, extents[a]) for a, s in share.items()), levels)
-        pieces.setdefault(m.name, []).append((low, part))
-        members.append(Member(m.name, bits, low, start, word, words, units, fields))
+        shared = tuple(s or max(1, extents[a]) for a, s in share.items())
+        pieces.setdefault(m.name, []).append((code.low, Part(m.name, dtype, code_bits, shape, shared, code.levels)))
+        members.append(Member(m.name, bits, code.low, start, word, words, units, fields))
     over = _solve_words(f"{layout}.{c.name}", over, members[0].words)
     spare = end - sum(t.count * t.used for t in taken)
     stored = _stored(f"{layout}.{c.name}", c, over, members[0], end // 8)
@@ -440,19 +439,18 @@ def _stored(
     where: str, c: Component, over: tuple[Digit, ...], m: Member, cell_bytes: int
 ) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape of the stored array: the words of a lone member, or the bytes of a record."""
-    sizes, first = [d.size for d in over], c.cell[0]
-    if len(c.cell) > 1 or (isinstance(first, Codes) and first.at is not None):
-        dtype, inner = "u1", [cell_bytes]
+    sizes, only = [d.size for d in over], _as_codes(c.cell[0])
+    record = len(c.cell) > 1 or only.at is not None
+    if record:
+        sizes.append(cell_bytes)
     else:
-        dtype = first.word if isinstance(first, Codes) else first.dtype
-        inner = [d.size for d in m.units]
-        inner += [m.words] if m.words > 1 and not any(d.axis == WORD for d in over) else []
-    sizes += inner
+        sizes += [d.size for d in m.units]
+        sizes += [m.words] if m.words > 1 and not any(d.axis == WORD for d in over) else []
     dims = c.dims or ((1, len(sizes) - 1) if len(sizes) > 1 else (len(sizes),))
     if sum(dims) != len(sizes):
         raise LayoutError(f"{where}: dims {dims} of {len(sizes)} digits")
     ends = list(accumulate(dims, initial=0))
-    return dtype, tuple(prod(sizes[a:b]) for a, b in pairwise(ends))
+    return "u1" if record else only.word, tuple(prod(sizes[a:b]) for a, b in pairwise(ends))
 
 
 def _solve(
@@ -534,13 +532,12 @@ def _assemble(where: str, pieces: list[tuple[int, Part]]) -> Part:
     return replace(first, dtype=WORDS[max(0, (top - 1).bit_length() - 3)], bits=top)
 
 
-# ---------------------------------------------------------------- checked
-
-
 @lru_cache(maxsize=1024)
 def _block(layout: Layout) -> Mapping[str, int]:
-    """`Layout.block`, and the checks that need no shape."""
-    _check(layout)
+    """`Layout.block`, after the checks that need no shape."""
+    from packfmt import description
+
+    description.check(layout)
     out = {"rows": 1, "cols": 1}
     for axis in layout.axes:
         if axis.of:
@@ -558,63 +555,7 @@ def _multiple(axis: str, digits: tuple[Digit, ...]) -> int:
     return prod(d.size or 1 for d in mine) * min((d.stride for d in mine if d.stride), default=1)
 
 
-def _check(layout: Layout) -> None:
-    """Every name known and used once, every number within bounds."""
-    known = [a.name for a in layout.axes]
-    for a in layout.axes:
-        where = f"{layout.name}: axis {a.name!r}"
-        if known.count(a.name) > 1 or a.name in (WORD, BIT):
-            raise LayoutError(f"{where}: its name is taken")
-        if a.of not in ("", "rows", "cols"):
-            raise LayoutError(f"{where}: of {a.of!r}, needs rows or cols")
-        for what, value in ("per", a.per), ("pad", a.pad), ("size", a.size if not a.of else 1):
-            _bounded(where, what, value, 1, MAX_EXTENT)
-    names = [c.name for c in layout.components]
-    for c in layout.components:
-        where = f"{layout.name}.{c.name}"
-        if names.count(c.name) > 1:
-            raise LayoutError(f"{where}: two components share a name")
-        if isinstance(c, Stream):
-            dtype_of(c.dtype)
-        elif not c.cell:
-            raise LayoutError(f"{where}: an empty cell")
-        else:
-            for n in c.dims:
-                _bounded(where, "a number of dims", n, 0, 64)
-            _check_digits(where, c.over, (*known, WORD, BIT))
-    streams = {s.name for s in layout.streams}
-    for c, m, _ in layout.members():
-        where = f"{layout.name}.{c.name}.{m.name}"
-        if m.name in streams:
-            raise LayoutError(f"{where}: a stream has this name, too")
-        _check_digits(where, _inner(m), (*known, BIT))
-        if isinstance(m, Values):
-            dtype_of(m.dtype)
-            continue
-        if m.word not in WORDS:
-            raise LayoutError(f"{where}: words of {m.word!r}, needs one of {', '.join(WORDS)}")
-        _bounded(where, "bits", m.bits, 1, 64)
-        _bounded(where, "low", m.low, 0, 63)
-        _bounded(where, "at", m.at or 0, 0, MAX_EXTENT)
-        _bounded(where, "levels", m.levels, 0, 1 << 64)
-
-
-def _check_digits(where: str, digits: tuple[Digit, ...], known: tuple[str, ...]) -> None:
-    for d in digits:
-        along = f"{where}: along {d.axis!r}"
-        if d.axis not in known:
-            raise LayoutError(f"{where}: no axis {d.axis!r} here; there are {', '.join(known)}")
-        _bounded(along, "a stride", d.stride, 0, MAX_EXTENT)
-        _bounded(along, "a size", d.size, 0, MAX_EXTENT)
-        if d.axis == WORD and (d.stride != 1 or d.reverse):
-            raise LayoutError(f"{along} a digit that is no plain count of the words")
-        if d.axis == BIT and not (d.stride and d.size):
-            raise LayoutError(f"{along} a digit without stride or size")
-        if d.axis != WORD and d.stride == TOP and d.size == REST:
-            raise LayoutError(f"{along} a digit with neither stride nor size")
-
-
-def _bounded(where: str, what: str, value: int, low: int, high: int) -> None:
+def bounded(where: str, what: str, value: int, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise LayoutError(f"{where}: {what} is {value!r}, needs {low} to {high}")
 

@@ -227,7 +227,8 @@ def _stored(fitted: Fitted, placed: Placed, m: Member) -> Side:
             continue
         i = axes.index(d.axis)
         leg = Leg(i, d.stride // share[i], d.size, by, bi)
-        legs += _bytewise(leg, d.stride * d.size == fitted.extents[d.axis]) if whole else [leg]
+        last = d in m.fields[:1] and d.stride * d.size == fitted.extents[d.axis] and not d.reverse
+        legs += _bytewise(leg, last) if whole else [leg]
     code_bits = m.bits * prod(g.size for g in legs[1:] if g.axis == CODE_BITS)
     return Side(byte, bit, tuple(legs), m.low, m.low + code_bits, m.word, gap)
 
@@ -240,7 +241,10 @@ def _plain(part: Part) -> Side:
 
 
 def _bytewise(leg: Leg, last: bool) -> list[Leg]:
-    """The leg cut where its steps are whole bytes, which the last digit of an axis always can be."""
+    """The leg cut where its steps are whole bytes, into one leg of bits and one of bytes.
+
+    Its size must divide, or it must be the last: it counts up, and nothing follows it in unit or axis.
+    """
     period = 8 // gcd(8, leg.bit)
     if leg.size % period and not last:
         return [leg]

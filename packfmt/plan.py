@@ -10,14 +10,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 from packfmt.codec import Codec, dense_dtype, is_float, matrix, why_inexact
 from packfmt.errors import LayoutError, PlanError
 from packfmt.layout import DENSE, Layout
-
-if TYPE_CHECKING:
-    from packfmt.exporters import Container, TensorInfo
 
 VERSION = 1
 KEEP: Final = "keep"  # as a layout in a rule: leave the tensor as it is
@@ -29,6 +27,28 @@ SMALL = 4096  # weights; a tensor below this stays as it is unless a rule says o
 ROUTER = re.compile(r"(^|\.)(router|gate|ffn_gate_inp)\.weight$")
 EXPERTS = re.compile(r"expert|_exps\b|moe", re.IGNORECASE)
 RESTORED = ("f64", "f32", "f16", "bf16")  # the dense layouts that decoding gives; others become f32
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a source's header says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]  # logical, rows first
+    dtype: str  # logical
+    layout: Layout | None  # None: stored in a type that no installed layout describes
+    kind: str  # what the container calls its type
+    file: Path
+    nbytes: int  # stored
+
+
+class Holder(Protocol):
+    """What a plan asks of a container: why it cannot hold a tensor, or bear a name; empty if it can."""
+
+    NAME: str
+
+    def refusal(self, layout: Layout, shape: tuple[int, ...]) -> str: ...
+    def name_refusal(self, name: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +133,9 @@ class Plan:
 class Recipe:
     """What the user wants: a layout for the weights, and rules for those that want another.
 
-    `to` "keep" changes only the container. `overrides` are (regular expression, layout or "keep"), searched in the tensor's name; later rules win.
-    `fallback` is what tensors get whose columns do not fill the chosen layout's blocks.
+    `to` "keep" changes only the container. `overrides` are (regular expression, layout or "keep"), searched
+    in the tensor's name; later rules win. `fallback` is what tensors get whose columns do not fill the
+    chosen layout's blocks.
     """
 
     to: str
@@ -128,7 +149,7 @@ def make_plan(
     source: str,
     index: Mapping[str, TensorInfo],
     recipe: Recipe,
-    container: Container,
+    container: Holder,
     codecs: Callable[[str], Codec],
 ) -> Plan:
     """Decide what becomes of every tensor.
@@ -185,7 +206,7 @@ def _step(
     rules: list[tuple[re.Pattern[str], str]],
     shelf: Mapping[str, Codec],
     index: Mapping[str, TensorInfo],
-    container: Container,
+    container: Holder,
 ) -> Step:
     if info.layout is None:
         raise PlanError(
@@ -297,7 +318,7 @@ def _shards(steps: tuple[Step, ...], most: int, container: str) -> tuple[Step, .
 # ---------------------------------------------------------------- a saved plan
 
 
-def from_json(data: Any, index: Mapping[str, TensorInfo], container: Container, codecs: Callable[[str], Codec]) -> Plan:
+def from_json(data: Any, index: Mapping[str, TensorInfo], container: Holder, codecs: Callable[[str], Codec]) -> Plan:
     """A saved, perhaps edited plan, checked against the source as it is now.
 
     Raises
@@ -320,7 +341,7 @@ def from_json(data: Any, index: Mapping[str, TensorInfo], container: Container, 
         raise PlanError(f"not a saved plan: {type(error).__name__} {error}") from error
 
 
-def _replayed(s: Any, index: Mapping[str, TensorInfo], container: Container, codecs: Callable[[str], Codec]) -> Step:
+def _replayed(s: Any, index: Mapping[str, TensorInfo], container: Holder, codecs: Callable[[str], Codec]) -> Step:
     name = s["name"]
     if name not in index:
         raise PlanError(f"the plan names {name!r}, which is not in the source")

@@ -42,7 +42,9 @@ def bits(size: int) -> Digit:
     return Digit(BIT, 1, size)
 
 
-def one(name: str, over: tuple[Digit, ...], *cell: Codes | Values, dims: tuple[int, ...] = (), **rest: object) -> Layout:
+def one(
+    name: str, over: tuple[Digit, ...], *cell: Codes | Values, dims: tuple[int, ...] = (), **rest: object
+) -> Layout:
     return Layout(name, (Component("weight", over, cell, dims),), grid("raw"), **rest)  # type: ignore[arg-type]
 
 
@@ -66,10 +68,7 @@ def gptq_planar(name: str, *widths: int) -> Layout:
 
 
 FOREIGN = (
-    *(
-        Foreign(gptq(w), (256 * w // 32, 64), "AutoGPTQ 9f7d370, SqueezeLLM a5fd71f", f"GPTQ {w}b")
-        for w in (2, 4, 8)
-    ),
+    *(Foreign(gptq(w), (256 * w // 32, 64), "AutoGPTQ 9f7d370, SqueezeLLM a5fd71f", f"GPTQ {w}b") for w in (2, 4, 8)),
     Foreign(
         one("gptq_3", (cols(32), WORDS, rows()), Codes("codes", 3, (), (cols(1, 32),), "<u4"), dims=(2, 1)),
         (24, 64),

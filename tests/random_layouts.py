@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 from hypothesis import strategies as st
@@ -93,7 +94,7 @@ def _cuts(draw: st.DrawFn, part: Wanted) -> list[Piece]:
         return [Piece(part, 0, part.bits, 1)]
     ends = sorted(draw(st.sets(st.integers(1, part.bits), max_size=2)) | {0, part.bits})
     out = []
-    for low, high in zip(ends, ends[1:], strict=False):
+    for low, high in pairwise(ends):
         planes = draw(st.sampled_from([n for n in range(1, high - low + 1) if (high - low) % n == 0]))
         out.append(Piece(part, low, (high - low) // planes, planes))
     return out

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import packfmt
 from packfmt import codecs
 from packfmt.cli import run, show
 from tests.models import folder, normal, tensors
@@ -268,3 +269,8 @@ def test_progress_is_a_bar_on_a_terminal(model: Path, tmp_path: Path) -> None:
     except OSError:
         pass
     assert process.returncode == 0 and b"100%" in seen and b"positions" in seen
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "packfmt", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"packfmt {packfmt.__version__}\n")

@@ -6,9 +6,10 @@ import base64
 import json
 import tracemalloc
 from hashlib import sha256
-from itertools import permutations
+from itertools import permutations, product
 from math import prod
 from pathlib import Path
+from unittest import mock
 
 import numba
 import numpy as np
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from random_layouts import layouts, tasks
 
 from packfmt.errors import LayoutError
+from packfmt.kernels import move
 from packfmt.layout import (
     COLS,
     DENSE,
@@ -53,7 +55,11 @@ Q5_0 = blocks(
     grid=grid("raw"),
 )
 TQ2_0 = blocks(
-    "tq2_0", 256, Codes("codes", 2, (cols(128, 2), cols(1, 32)), (cols(32, 4),)), Values("scale", "<f2"), grid=grid("raw")
+    "tq2_0",
+    256,
+    Codes("codes", 2, (cols(128, 2), cols(1, 32)), (cols(32, 4),)),
+    Values("scale", "<f2"),
+    grid=grid("raw"),
 )
 TILE = one(
     "tile",
@@ -80,7 +86,7 @@ def small(layout: Layout) -> tuple[int, int]:
 
 def random_part(rng: np.random.Generator, part: Part) -> np.ndarray:
     dtype = dtype_of(part.dtype)
-    raw = rng.integers(0, 2 if dtype == bool else 256, prod(part.shape) * dtype.itemsize, np.uint8)
+    raw = rng.integers(0, 2 if part.dtype == "?" else 256, prod(part.shape) * dtype.itemsize, np.uint8)
     array = raw.view(dtype).reshape(part.shape)
     return array & dtype.type((1 << part.bits) - 1) if part.bits < 8 * dtype.itemsize else array
 
@@ -177,21 +183,60 @@ def test_a_random_layout_agrees_with_the_slow_twin(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_repack_between_random_layouts_is_unpack_and_pack(data: st.DataObject) -> None:
     task = data.draw(tasks())
-    one, other = data.draw(layouts(task)), data.draw(layouts(task))
-    components = pack(one, task.shape, random_parts(one, task.shape))
-    assert difference(one, other, task.shape) == ""
-    want = pack(other, task.shape, unpack(one, task.shape, components))
-    assert_same(repack(one, other, task.shape, components), want)
+    before, after = data.draw(layouts(task)), data.draw(layouts(task))
+    components = pack(before, task.shape, random_parts(before, task.shape))
+    assert difference(before, after, task.shape) == ""
+    want = pack(after, task.shape, unpack(before, task.shape, components))
+    assert_same(repack(before, after, task.shape, components), want)
+
+
+def written(outer: move.Steps, pieces: move.Pieces, run: move.Run) -> list[set[int]]:
+    """The bytes that every step of run and outer counter writes to."""
+    digits = [[step * i for i in range(size)] for size, step in zip(outer.size, outer.target, strict=True)]
+    starts = [sum(steps) for steps in product(*digits, [run.target * i for i in range(run.size)])]
+    return [{int(start + byte) for byte in pieces.target} for start in starts]
+
+
+@given(data=st.data())
+def test_no_two_steps_of_a_move_write_to_one_byte(data: st.DataObject) -> None:
+    """What makes the result the same on any number of threads."""
+    task = data.draw(tasks())
+    before, after = data.draw(layouts(task)), data.draw(layouts(task))
+    parts = random_parts(before, task.shape)
+
+    def looked_at(source, target, outer, pieces, run) -> None:  # type: ignore[no-untyped-def]
+        steps = written(outer, pieces, run)
+        assert sum(map(len, steps)) == len(set().union(*steps))
+        plain_move(source, target, outer, pieces, run)
+
+    plain_move = move.move
+    with mock.patch.object(move, "move", looked_at):
+        components = pack(before, task.shape, parts)
+        assert_same(unpack(before, task.shape, components), parts)
+        repack(before, after, task.shape, components)
+
+
+@pytest.mark.parametrize("layout", OWN, ids=lambda layout: layout.name)
+def test_any_number_of_threads_gives_the_same_bytes(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (64, 512)
+    monkeypatch.setattr(move, "LEAST_PIECES", 1)
+    parts = random_parts(layout, shape)
+    results = []
+    for count in (1, 2, 7):
+        monkeypatch.setenv("PACKFMT_THREADS", str(count))
+        results.append(pack(layout, shape, parts))
+        assert_same(results[-1], results[0])
+        assert_same(unpack(layout, shape, results[-1]), parts)
 
 
 def test_repack_between_all_known_layouts_is_unpack_and_pack() -> None:
     shape, pairs = (64, 256), 0
     known = [f.layout for f in FOREIGN] + list(OWN)
-    for one, other in permutations(known, 2):
-        if difference(one, other, shape) == "":
-            components = pack(one, shape, random_parts(one, shape))
-            want = pack(other, shape, unpack(one, shape, components))
-            assert_same(repack(one, other, shape, components), want)
+    for before, after in permutations(known, 2):
+        if difference(before, after, shape) == "":
+            components = pack(before, shape, random_parts(before, shape))
+            want = pack(after, shape, unpack(before, shape, components))
+            assert_same(repack(before, after, shape, components), want)
             pairs += 1
     assert pairs == 9 * 8 + 4 * 3 + 3 * 2 + 3 * (2 * 1)  # of 4, 3 and 6 bits; of 2 bits, q4_0 and tile, two of 5 bits
 

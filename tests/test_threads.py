@@ -65,7 +65,7 @@ def test_an_error_arrives_when_all_others_are_done(failing: int, monkeypatch) ->
 @pytest.mark.parametrize("asked", ["0", "-1", "two", "1.5", "257", "9" * 5000, " "])
 def test_a_count_that_is_none_is_named(asked: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("PACKFMT_THREADS", asked)
-    with pytest.raises(PackfmtError, match="PACKFMT_THREADS is .* needs a whole number of 1 to 256"):
+    with pytest.raises(PackfmtError, match=r"PACKFMT_THREADS is .* needs a whole number of 1 to 256"):
         threads.spread(lambda start, stop: None, 10)
 
 

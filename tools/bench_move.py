@@ -15,9 +15,9 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-import house  # makes the tree's packfmt importable
 import numpy as np
 
+import house  # noqa: F401  makes the tree's own packfmt importable
 from packfmt import layout as lay
 from packfmt.kernels import threads
 from packfmt.layout import BIT, WORD, Codes, Component, Digit, Layout, Values, blocks, cols, dtype_of, grid, rows
@@ -49,6 +49,7 @@ MARLIN_FIELDS = (cols(1, 2), rows(8, 2), cols(8, 2))
 MARLIN = one("marlin", (cols(16), rows(64), rows(1, 8), cols(2, 4), rows(16, 4)),
              Codes("codes", 4, (), MARLIN_FIELDS, "<u4"))  # fmt: skip
 PLANES = one("planes_6", (Digit(BIT, 1, 6), rows(), cols(32)), Codes("codes", 1, (), (cols(1, 32, True),), "<u4"))
+CRUMBS = Codes("codes", 2, (cols(128, 2), cols(1, 32)), (cols(32, 4),))
 Q5_HIGH = Codes("codes", 1, (), (cols(1, 32),), "<u4", low=4)
 
 # a layout, and one with the same parts to repack into
@@ -56,7 +57,7 @@ PAIRS = {
     "q8_0": (blocks("q8_0", 32, SCALE, Values("codes", "i1", (cols(1, 32),)), grid=RAW), None),
     "q4_0": (blocks("q4_0", 32, SCALE, NIBBLES, grid=RAW), TILE),
     "q5_0": (blocks("q5_0", 32, SCALE, Q5_HIGH, NIBBLES, grid=RAW), None),
-    "tq2_0": (blocks("tq2_0", 256, Codes("codes", 2, (cols(128, 2), cols(1, 32)), (cols(32, 4),)), SCALE, grid=RAW), None),
+    "tq2_0": (blocks("tq2_0", 256, CRUMBS, SCALE, grid=RAW), None),
     "scales": (one("scales", (cols(32), rows()), SCALE), one("scales_by_row", (rows(), cols(32)), SCALE)),
     "f32": (lay.DENSE["f32"], None),
     **{f"flat_{b}": (flat(b), gptq(b)) for b in (1, 2, 3, 4, 5, 6, 8)},
@@ -100,7 +101,7 @@ def main() -> int:
     print(f"{'layout':<10}" + "".join(f"{c:>10}" for c in (*columns, "copy")) + "   M weights/s")
     for name in asked.layouts or PAIRS:
         work = jobs(*PAIRS[name], shape)
-        best = [[float("inf")] * (len(work) * len(counts) + 1) for _ in range(1)][0]
+        best = [float("inf")] * (len(work) * len(counts) + 1)
         for _ in range(asked.rounds):
             for i, n in enumerate(counts):
                 os.environ["PACKFMT_THREADS"] = str(n)
@@ -122,5 +123,4 @@ def seconds(job: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    assert house
     raise SystemExit(main())

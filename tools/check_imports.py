@@ -35,6 +35,7 @@ LAW = {
     "hub": "layout codec plan codecs exporters checkpoint conversion verify",
     "demo": "layout grids codec plan codecs exporters checkpoint conversion verify",
     "cli": "layout grids codec plan codecs exporters checkpoint conversion verify hub demo",
+    "__main__": "cli",
     "": "layout grids codec plan codecs exporters checkpoint conversion verify hub kernels",
 }
 # what comes from outside -> the rooms that may import it

@@ -60,9 +60,8 @@ def convert(
     else:
         _show_summary(plan)
         checked = ", verified" if verify else ""
-        print(
-            f"{target}: {show.size(report.bytes)}, {_ratio(report.source_bytes, report.bytes)}, {report.seconds:.1f} s{checked}"
-        )
+        size = f"{show.size(report.bytes)}, {_ratio(report.source_bytes, report.bytes)}"
+        print(f"{target}: {size}, {report.seconds:.1f} s{checked}")
     return GOOD
 
 

@@ -24,24 +24,11 @@ from packfmt.codec import PackedTensor
 from packfmt.errors import PlanError
 from packfmt.exporters.whole import Check
 from packfmt.layout import Layout
-from packfmt.plan import Plan
+from packfmt.plan import Holder, Plan, TensorInfo
 
 SUFFIXES = {"safetensors": ".safetensors", "gguf": ".gguf"}  # of every container; a folder is safetensors
 NAMES = tuple(SUFFIXES)
 Layouts = Callable[[str, str], Layout | None]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a container's header says of a tensor."""
-
-    name: str
-    shape: tuple[int, ...]  # logical, rows first
-    dtype: str  # logical
-    layout: Layout | None  # None: stored in a type that no installed layout describes
-    kind: str  # what the container calls its type
-    file: Path
-    nbytes: int  # stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +61,9 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-class Container(Protocol):
+class Container(Holder, Protocol):
     """A container's module; what its members do stands above."""
 
-    NAME: str
-
-    def refusal(self, layout: Layout, shape: tuple[int, ...]) -> str: ...
-    def name_refusal(self, name: str) -> str: ...
     def write(
         self, path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
     ) -> None: ...

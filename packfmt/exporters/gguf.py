@@ -28,12 +28,12 @@ import numpy as np
 
 from packfmt.codec import Array, PackedTensor, matrix
 from packfmt.errors import ContainerError, LayoutError, PlanError
-from packfmt.exporters import Extras, KeyValue, Layouts, TensorInfo
+from packfmt.exporters import Extras, KeyValue, Layouts
 from packfmt.exporters import gguf_header as header
 from packfmt.exporters.gguf_header import MOST_DIMS, Entry, aligned, alignment_of
 from packfmt.exporters.whole import Check, whole_file
 from packfmt.layout import DENSE, DTYPES, Layout, Stream, dtype_of
-from packfmt.plan import Plan, Step
+from packfmt.plan import Plan, Step, TensorInfo
 
 NAME = "gguf"
 VERSION = 1  # of packfmt's own keys

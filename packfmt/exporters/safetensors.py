@@ -21,12 +21,12 @@ import numpy as np
 
 from packfmt.codec import Array, PackedTensor, dense_dtype, matrix
 from packfmt.errors import ContainerError, LayoutError, PlanError
-from packfmt.exporters import Extras, KeyValue, Layouts, TensorInfo
+from packfmt.exporters import Extras, KeyValue, Layouts
 from packfmt.exporters import safetensors_header as header
 from packfmt.exporters.safetensors_header import DTYPES, NAME_OF, Entry, Header
 from packfmt.exporters.whole import Check, whole_file, whole_folder
 from packfmt.layout import DENSE, Layout, dtype_of, itemsize
-from packfmt.plan import Plan, Step
+from packfmt.plan import Plan, Step, TensorInfo
 
 NAME = "safetensors"
 SUFFIX = ".safetensors"

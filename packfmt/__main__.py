@@ -1,0 +1,5 @@
+"""`python -m packfmt` is the command line."""
+
+from packfmt.cli import main
+
+main()
