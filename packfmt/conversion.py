@@ -20,7 +20,7 @@ from packfmt.errors import ContainerError, LayoutError, MachineError, PlanError
 from packfmt.layout import DENSE
 from packfmt.plan import DENSE_AGAIN, MAX_SHARD, RESTORED, Plan, Recipe, Step, from_json, make_plan
 
-Progress = Callable[[Step], None]  # called when a step is done
+Progress = Callable[[str], None]  # called with the tensor's name when a step is done
 SPARE = 1 << 20  # bytes of disk wanted beside the tensors, for headers
 
 
@@ -146,7 +146,7 @@ def _results(plan: Plan, model: Checkpoint, progress: Progress | None) -> Iterat
         yield result
         del result
         if progress:
-            progress(step)
+            progress(step.name)
 
 
 def apply(step: Step, tensor: PackedTensor) -> PackedTensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from packfmt.errors import ContainerError, LayoutError, MismatchError
 from packfmt.layout import DENSE
 
 Level = Literal["header", "structure", "data"]
+Names = Callable[[Checkpoint], Iterable[str]]
 LEVELS: tuple[Level, ...] = ("header", "structure", "data")
 
 # Rule id -> severity and what it says. Ids are for life; spec/README.md, "Rules", explains each.
@@ -56,12 +57,13 @@ class Finding:
         return {**asdict(self), "severity": self.severity}
 
 
-def validate(path: Path, level: Level = "data") -> list[Finding]:
+def validate(path: Path, level: Level = "data", names: Names = iter) -> list[Finding]:
     """What is wrong with a model at this path, by its own description.
 
     `header` opens it: lengths, names, offsets, and that components have the sizes their layouts give.
     `structure` also compares layouts with the installed formats of the same name. `data` also reads
-    every tensor: checksums, scales that are not finite, unused codes, spare bits.
+    every tensor: checksums, scales that are not finite, unused codes, spare bits. `names` walks the
+    tensors, and may show progress.
     """
     try:
         model = checkpoint.open(path)
@@ -70,7 +72,7 @@ def validate(path: Path, level: Level = "data") -> list[Finding]:
     with model:
         found = [] if level == "header" else list(_structure(model))
         if level == "data":
-            for name in model:
+            for name in names(model):
                 found += _tensor(model, name)
         return found
 
@@ -139,9 +141,9 @@ class Difference:
         return asdict(self)
 
 
-def compare(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
-    """Tensor by tensor, in a's order, then what only b has; names must agree."""
-    for name in a:
+def compare(a: Checkpoint, b: Checkpoint, names: Names = iter) -> Iterator[Difference]:
+    """Tensor by tensor, in a's order, then what only b has. `names` walks a, and may show progress."""
+    for name in names(a):
         if name in b.index:
             yield difference(name, a[name], b[name])
         else:

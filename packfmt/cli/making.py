@@ -48,7 +48,7 @@ def convert(
         plan = _plan(model, target, _recipe(to, maps, fallback, encoder, max_shard_size, saved), export, saved)
         if dry_run:
             return _show_plan(plan, json)
-        with show.progress(plan, quiet=json) as done:
+        with show.progress(model, quiet=json) as done:
             report = work.run(plan, model, target, check=verify, force=force, progress=done)
         behind = list(model.extras.files) if target.is_file() else []
     if behind:
@@ -100,7 +100,7 @@ def decode(
 
     with checkpoint.open(source) as model:
         plan = work.decode_plan(model, target, dtype)
-        with show.progress(plan) as done:
+        with show.progress(model) as done:
             report = work.run(plan, model, target, force=force, progress=done)
     _show_summary(plan)
     print(f"{target}: {show.size(report.bytes)}, {report.seconds:.1f} s")

@@ -5,6 +5,7 @@ Heavy modules are imported inside the commands: --help answers before NumPy woul
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,7 +111,7 @@ def validate(
 
     if level not in laws.LEVELS:
         raise typer.BadParameter(f"{level!r} is not one of {', '.join(laws.LEVELS)}", param_hint="--level")
-    found = {path: laws.validate(path, level) for path in paths}
+    found = {path: laws.validate(path, level, partial(show.watched, quiet=json)) for path in paths}
     if json:
         show.as_json(
             [{"path": str(p), "level": level, "findings": [f.to_json() for f in fs]} for p, fs in found.items()]
@@ -143,7 +144,7 @@ def verify(
     with ExitStack() as stack:
         model = stack.enter_context(checkpoint.open(source))
         origin = stack.enter_context(checkpoint.open(against)) if against else None
-        for name in model:
+        for name in show.watched(model, quiet=json):
             tensor = model[name]
             row: dict[str, Any] = {
                 "name": name,
@@ -190,7 +191,7 @@ def diff(
     from packfmt.cli import show
 
     with checkpoint.open(a) as left, checkpoint.open(b) as right:
-        rows = list(laws.compare(left, right))
+        rows = list(laws.compare(left, right, partial(show.watched, quiet=json)))
     apart = [r for r in rows if not r.same_values]
     if json:
         show.as_json({"a": str(a), "b": str(b), "tensors": [r.to_json() for r in rows]})

@@ -6,11 +6,12 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from packfmt.plan import Plan, Step
+if TYPE_CHECKING:
+    from packfmt.checkpoint import Checkpoint
 
 
 def as_json(data: Any) -> None:
@@ -47,48 +48,51 @@ def shape(dims: tuple[int, ...]) -> str:
 
 
 @contextmanager
-def progress(plan: Plan, quiet: bool = False) -> Iterator[Callable[[Step], None]]:
-    """A bar with rate, time left and tensor on a terminal; a plain line every few seconds elsewhere."""
-    total = sum(_work(s) for s in plan.steps)
+def progress(model: Checkpoint, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Gives a function to call with the name of each of a model's tensors when it is done.
+
+    A bar with rate, time left and tensor on a terminal; a plain line every few seconds elsewhere.
+    """
+    sizes = {name: info.nbytes for name, info in model.index.items()}
     if quiet:
-        yield lambda step: None
+        yield lambda name: None
     elif sys.stderr.isatty():
-        with _bar(total) as advance:
-            yield advance
+        with _bar(sizes) as done:
+            yield done
     else:
-        yield _lines(total, len(plan.steps))
+        yield _lines(sizes)
 
 
-def _work(step: Step) -> int:
-    from packfmt.codec import matrix
-
-    return step.before.nbytes(*matrix(step.shape)) + 1
+def watched(model: Checkpoint, quiet: bool = False) -> Iterator[str]:
+    """The names of a model's tensors, with progress shown as they are taken."""
+    with progress(model, quiet) as done:
+        for name in model:
+            yield name
+            done(name)
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[Step], None]]:
+def _bar(sizes: Mapping[str, int]) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(30), TextColumn("{task.percentage:3.0f}%"), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=total)
-        yield lambda step: bars.update(task, advance=_work(step), description=step.name)
+        task = bars.add_task("", total=sum(sizes.values()))
+        yield lambda name: bars.update(task, advance=sizes.get(name, 0), description=name)
 
 
-def _lines(total: int, count: int, every: float = 5.0) -> Callable[[Step], None]:
+def _lines(sizes: Mapping[str, int], every: float = 5.0) -> Callable[[str], None]:
     begin = last = time.monotonic()
-    done = steps = 0
+    total, done, count = max(1, sum(sizes.values())), 0, 0
 
-    def line(step: Step) -> None:
-        nonlocal last, done, steps
-        done, steps = done + _work(step), steps + 1
+    def line(name: str) -> None:
+        nonlocal last, done, count
+        done, count = done + sizes.get(name, 0), count + 1
         now = time.monotonic()
         if now - last >= every:
-            last, rate = now, done / (now - begin)
-            left = (total - done) / rate
-            print(
-                f"{done / total:4.0%}  {steps}/{count}  {size(rate)}/s  {left:.0f} s left  {step.name}", file=sys.stderr
-            )
+            last, rate = now, max(1, done) / (now - begin)
+            left = f"{(total - done) / rate:.0f} s left"
+            print(f"{done / total:4.0%}  {count}/{len(sizes)}  {size(rate)}/s  {left}  {name}", file=sys.stderr)
 
     return line
