@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,6 +287,31 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_nothing(model: P
         assert done.returncode == 3, done.stderr
         assert done.stderr == f"packfmt: {target}: File too large\n"
     assert left(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system of one megabyte, and not everywhere")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf", "out.safetensors"])
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(
+    tmp_path: Path, small_disk: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = folder(tmp_path / "model", {f"{i}.weight": normal(512, 512, seed=i) for i in range(6)})
+    with pytest.raises(MachineError, match="1,048,576 bytes free, this conversion needs"):
+        conversion.convert(model, small_disk / name, "q8_0")
+    monkeypatch.setattr(conversion, "SPARE", -(10**9))  # as if another process took the room meanwhile
+    with pytest.raises(MachineError, match="the disk is full; nothing was left under this name"):
+        conversion.convert(model, small_disk / name, "q8_0")
+    assert list(small_disk.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
