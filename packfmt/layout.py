@@ -143,6 +143,7 @@ class Grid:
 
 
 def grid(name: str, **params: Any) -> Grid:
+    """The grid of a function of `grids` and its parameters."""
     return Grid(name, tuple(sorted(params.items())))
 
 
@@ -329,6 +330,7 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def itemsize(name: str) -> int:
+    """Bytes of a dtype in `DTYPES`."""
     return dtype_of(name).itemsize
 
 
@@ -556,6 +558,7 @@ def _multiple(axis: str, digits: tuple[Digit, ...]) -> int:
 
 
 def bounded(where: str, what: str, value: int, low: int, high: int) -> None:
+    """Refuse what is no whole number from `low` to `high`."""
     if type(value) is not int or not low <= value <= high:
         raise LayoutError(f"{where}: {what} is {value!r}, needs {low} to {high}")
 

@@ -2,8 +2,8 @@
 
     python tools/bench_move.py [--side 4096] [--rounds 5] [LAYOUT ...]
 
-Every figure is the best of interleaved rounds, arrays allocated anew each time, on one thread and on all. "copy" is
-np.copyto between two arrays of one byte a weight, both touched before. Repack goes to the other column's layout.
+Every figure is the best of interleaved rounds, with the result allocated anew each time, on one thread and on all.
+"copy" is np.copyto between two arrays of one byte a weight, both touched before. `PAIRS` says what repack goes to.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def main() -> int:
 
 
 def seconds(job: Callable[[], Any]) -> float:
+    """The second of two runs: the first wakes the threads and spreads them over the cores."""
+    job()
     start = time.perf_counter()
     result = job()
     spent = time.perf_counter() - start
