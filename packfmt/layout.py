@@ -296,6 +296,7 @@ class Placed:
     over: tuple[Digit, ...]
     cell_bytes: int
     members: tuple[Member, ...]
+    record: bool  # cells are stored as bytes, not as the words of a lone member
     spare_bits: int  # of a cell that no member uses; an encoder writes zeros there
 
     @property
@@ -408,8 +409,9 @@ def _place(
         members.append(Member(m.name, bits, code.low, start, word, words, units, fields))
     over = _solve_words(f"{layout}.{c.name}", over, members[0].words)
     spare = end - sum(t.count * t.used for t in taken)
-    stored = _stored(f"{layout}.{c.name}", c, over, members[0], end // 8)
-    return Placed(c.name, *stored, over, end // 8, tuple(members), spare)
+    record = len(c.cell) > 1 or _as_codes(c.cell[0]).at is not None
+    stored = _stored(f"{layout}.{c.name}", c, over, members[0], end // 8 if record else None)
+    return Placed(c.name, *stored, over, end // 8, tuple(members), record, spare)
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,13 +440,12 @@ def _words(digits: tuple[Digit, ...]) -> str:
 
 
 def _stored(
-    where: str, c: Component, over: tuple[Digit, ...], m: Member, cell_bytes: int
+    where: str, c: Component, over: tuple[Digit, ...], m: Member, record_bytes: int | None
 ) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape of the stored array: the words of a lone member, or the bytes of a record."""
-    sizes, only = [d.size for d in over], _as_codes(c.cell[0])
-    record = len(c.cell) > 1 or only.at is not None
-    if record:
-        sizes.append(cell_bytes)
+    sizes = [d.size for d in over]
+    if record_bytes is not None:
+        sizes.append(record_bytes)
     else:
         sizes += [d.size for d in m.units]
         sizes += [m.words] if m.words > 1 and not any(d.axis == WORD for d in over) else []
@@ -452,7 +453,9 @@ def _stored(
     if sum(dims) != len(sizes):
         raise LayoutError(f"{where}: dims {dims} of {len(sizes)} digits")
     ends = list(accumulate(dims, initial=0))
-    return "u1" if record else only.word, tuple(prod(sizes[a:b]) for a, b in pairwise(ends))
+    return "u1" if record_bytes is not None else _as_codes(c.cell[0]).word, tuple(
+        prod(sizes[a:b]) for a, b in pairwise(ends)
+    )
 
 
 def _solve(

@@ -39,7 +39,7 @@ def digits(these: tuple[Digit, ...]) -> str:
 def sizes(placed: Placed) -> list[int]:
     """The sizes whose products are the stored dimensions: of all digits, then words or record bytes."""
     found = [d.size for d in placed.over]
-    if len(placed.members) > 1:
+    if placed.record:
         return [*found, placed.cell_bytes]
     (only,) = placed.members
     found += [d.size for d in only.units]
