@@ -211,6 +211,8 @@ def check(layout: Layout) -> None:
     LayoutError
         Names the component, member and axis.
     """
+    if not layout.axes or not layout.components:
+        raise LayoutError(f"{layout.name}: needs an axis and a component")
     known = [a.name for a in layout.axes]
     for a in layout.axes:
         where = f"{layout.name}: axis {a.name!r}"

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import lcm
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from packfmt.errors import LayoutError
-from packfmt.layout import Grid, Layout
-from packfmt.placement import Arrays, unpack
+from packfmt.layout import Codes, Grid, Layout
+from packfmt.placement import Array, Arrays, unpack
 
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
@@ -72,42 +71,64 @@ def dequantize(grid: Grid, parts: Arrays) -> Floats:
         raise LayoutError(f"no grid is called {grid.name!r}; there are {', '.join(GRIDS)}")
     try:
         return GRIDS[grid.name](parts, **dict(grid.params))
-    except (KeyError, TypeError, IndexError) as error:
-        raise LayoutError(f"grid {grid.name!r}: {error}") from error
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
+        raise LayoutError(f"grid {grid.name!r} cannot take these parts and parameters: {error}") from error
 
 
 def decode(layout: Layout, shape: tuple[int, int], components: Arrays) -> Floats:
-    """Components -> (rows, cols) float32, a strip of rows at a time on all threads."""
+    """Components -> (rows, cols) float32, a strip of rows at a time on all threads.
+
+    Raises
+    ------
+    LayoutError
+        If a component is not what the layout says, or its grid does not fit its parts.
+    """
     from packfmt.kernels import threads
 
-    parts = unpack(layout, shape, components)
     rows, cols = shape
+    found = unpack(layout, shape, components)
+    streams = {s.name: found.pop(s.name) for s in layout.streams}
+    parts = {name: _evenly(layout, shape, name, array) for name, array in found.items()}
+    out = np.empty(shape, F32)
     # a strip is a whole number of the rows that share an element of any part
     shared = lcm(*(max(1, rows // max(1, p.shape[0])) for p in parts.values()))
     step = shared * max(1, STRIP // max(1, cols * shared))
-    out = np.empty(shape, F32)
+    if layout.axes[0].of != "rows" or layout.axes[0].per != 1:
+        step = max(1, rows)
 
     def work(start: int, stop: int) -> None:
         for strip in range(start, stop):
             a, b = strip * step, min(rows, (strip + 1) * step)
             mine = {k: v[a * len(v) // rows : b * len(v) // rows] for k, v in parts.items()}
-            out[a:b] = dequantize(layout.grid, mine)
+            weights = dequantize(layout.grid, mine | streams)
+            if weights.shape != (b - a, cols):
+                raise LayoutError(f"{layout.name}: its grid gives {weights.shape}, a strip is {(b - a, cols)}")
+            out[a:b] = weights
 
     if rows and cols:
         threads.spread(work, -(-rows // step))
     return out
 
 
+def _evenly(layout: Layout, shape: tuple[int, int], name: str, array: Array) -> Array:
+    """A part whose last element along an axis has fewer sharers than the others, with one element a position there."""
+    sides = {"rows": shape[0], "cols": shape[1]}
+    for i, (axis, share) in enumerate(zip(layout.axes, layout.fit(*shape).parts[name].share, strict=True)):
+        extent = sides[axis.of] // axis.per if axis.of else axis.size
+        if array.shape[i] > 1 and extent % share:
+            array = np.repeat(array, share, i)[(slice(None),) * i + (slice(extent),)]
+    return array
+
+
 def findings(layout: Layout, parts: Arrays) -> list[str]:
     """What no encoder writes, in words: scales that are no number, codes that are never used."""
     out = []
-    fitted: dict[str, Any] = {m.name: m for _, m, _ in layout.members()}
+    levels = {m.name: m.levels for _, m, _ in layout.members() if isinstance(m, Codes)}
     for name, array in parts.items():
-        levels = getattr(fitted.get(name), "levels", 0)
-        if levels and array.size and (bad := int((array >= levels).sum())):
-            out.append(f"{bad} of {array.size} {name} are {levels} or above, which no encoder writes")
+        if (most := levels.get(name)) and (bad := int((array >= most).sum())):
+            out.append(f"{bad} of {array.size} {name} are {most} or above, which no encoder writes")
         if array.dtype.kind in "fV" and name != "values" and (bad := int((~np.isfinite(array)).sum())):
             out.append(f"{bad} of {array.size} numbers of {name} are not finite")
-    if layout.grid.name == "table" and (bad := int((parts["scale"] == 255).sum())):
+    if layout.grid.name == "table" and "scale" in parts and (bad := int((parts["scale"] == 255).sum())):
         out.append(f"{bad} of {parts['scale'].size} numbers of scale are 255, which E8M0 reserves for NaN")
     return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+from copy import deepcopy
+from hashlib import sha256
 from pathlib import Path
 
 import ml_dtypes
@@ -202,3 +204,54 @@ def test_any_json_header_is_a_container_error_or_harmless(
         checkpoint.open(path).close()
     except ContainerError as error:
         assert str(path) in str(error)
+
+
+ODD = (
+    st.none() | st.booleans() | st.integers(-2, 70) | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["rows", "cols", "word", "bit", "codes", "scale", "values", "<f2", "u1", "<u8", "plain", "table"])
+    | st.just([]) | st.just({}) | st.just(["cols", 1, 0]) | st.just(["rows", 1, 0]) | st.just([["cols", 2, 2]])
+)  # fmt: skip
+
+
+def places(data: object, path: tuple = ()) -> list[tuple]:
+    """The path of every value in nested JSON."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [path] * bool(path) + [p for k, v in items for p in places(v, (*path, k))]
+
+
+@settings(max_examples=500)
+@given(data=st.data())
+def test_a_hostile_description_under_its_right_hash_is_told_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    whole = (
+        BAD / data.draw(st.sampled_from(["unused_code.safetensors", "reserved_exponent.safetensors"]))
+    ).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    head = json.loads(whole[8 : 8 + length])
+    own = json.loads(head["__metadata__"]["packfmt"])
+    (record,) = own["tensors"].values()
+    (layout,) = own["layouts"].values()
+    for _ in range(data.draw(st.integers(1, 3))):
+        part = data.draw(st.sampled_from([layout, record]))
+        *way, last = data.draw(st.sampled_from(places(part)))
+        try:
+            for key in way:
+                part = part[key]
+            part[last] = deepcopy(data.draw(ODD))
+        except (KeyError, IndexError, TypeError):  # an earlier change took this place away
+            continue
+    record["id"] = sha256(json.dumps(layout, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    own["layouts"] = {record["id"]: layout}
+    head["__metadata__"]["packfmt"] = json.dumps(own)
+    text = json.dumps(head).encode()
+    path = tmp_path_factory.mktemp("fuzz") / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
+    for finding in verify.validate(path):
+        assert finding.message
+    try:
+        with checkpoint.open(path) as model, np.errstate(all="ignore"):
+            for name in model:
+                model[name].decode()
+    except PackfmtError as error:
+        assert str(error)
