@@ -267,7 +267,7 @@ def test_verification_finds_a_law_that_is_broken(tmp_path: Path) -> None:
         verify.check_output(bad / "nan_scale.safetensors", "safetensors")
 
 
-RUN = "import sys; from packfmt.cli import run; sys.exit(run(sys.argv[1:]))"
+RUN = "from packfmt.cli import main; main()"
 
 
 def command(*arguments: object, limit: int = 0) -> subprocess.CompletedProcess[str]:
@@ -339,7 +339,7 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(
             break
         time.sleep(0.005)
     process.send_signal(how)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=60)
     assert not target.exists()
     if how == signal.SIGINT:
         assert process.returncode == 130 and errors == "packfmt: interrupted; nothing was left half-written\n"

@@ -11,12 +11,23 @@ import sys
 from importlib import import_module
 from typing import Any
 
+STOPPED = "interrupted; nothing was left half-written"
 GOOD, FOUND, REFUSED, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    sys.exit(run())
+    try:
+        code = run()
+    except KeyboardInterrupt:  # while modules were imported
+        code = _say(STOPPED, INTERRUPTED)
+    if code == INTERRUPTED:
+        # An interrupt that falls into the start of a pool's thread leaves that thread waiting for work
+        # and Python, on its way out, waiting for the thread. All files are closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -31,12 +42,12 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         result = app(arguments, prog_name="packfmt", standalone_mode=False)
         if result == INTERRUPTED:
-            return _say("interrupted; nothing was left half-written", INTERRUPTED)
+            return _say(STOPPED, INTERRUPTED)
         return result if isinstance(result, int) else GOOD
     except TyperException as error:
         return _usage(error)
     except (KeyboardInterrupt, Abort):
-        return _say("interrupted; nothing was left half-written", INTERRUPTED)
+        return _say(STOPPED, INTERRUPTED)
     except MismatchError as error:
         return _say(str(error), FOUND)
     except PlanError as error:
