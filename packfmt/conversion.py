@@ -21,6 +21,7 @@ from packfmt.layout import DENSE
 from packfmt.plan import DENSE_AGAIN, MAX_SHARD, RESTORED, Plan, Recipe, Step, from_json, make_plan
 
 Progress = Callable[[str], None]  # called with the tensor's name when a step is done
+NO_FOLDERS = (".onnx", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".npz", ".json", ".ggml", ".msgpack", ".zip")
 SPARE = 1 << 20  # bytes of disk wanted beside the tensors, for headers
 
 
@@ -98,6 +99,8 @@ def saved_plan(path: Path, model: Checkpoint, target: Path, container: str = "")
 def target_container(target: Path, name: str = "") -> exporters.Container:
     """The container that a destination is written in: by name, by suffix, or a safetensors folder."""
     if not name:
+        if target.suffix in NO_FOLDERS:
+            raise PlanError(f"{target}: a folder, a .safetensors or a .gguf is written, no {target.suffix}")
         name = next((n for n, suffix in exporters.SUFFIXES.items() if target.suffix == suffix), "safetensors")
     return exporters.get(name)
 

@@ -175,8 +175,10 @@ def make_plan(
             refused.setdefault(str(error), []).append(info.name)
     lines = [f"{_some(names)}: {reason}" for reason, names in refused.items()]
     for pattern, to in rules:
-        if not any(pattern.search(name) for name in index):
-            lines.append(f"--map '{pattern.pattern}={to}' matches no tensor")
+        matched = [info for info in index.values() if pattern.search(info.name)]
+        if not any(_may_become(info, to) for info in matched):
+            what = "only tensors that are no floats" if matched else "no tensor"
+            lines.append(f"--map '{pattern.pattern}={to}' matches {what}")
     if lines:
         raise PlanError("\n".join(lines))
     if recipe.to in shelf and not any(s.layout == codec.layout for s in steps for codec in shelf.values()):
@@ -261,10 +263,10 @@ def _action(info: TensorInfo, layout: Layout) -> str:
 def _choose(info: TensorInfo, recipe: Recipe, rules: list[tuple[re.Pattern[str], str]]) -> tuple[str, str]:
     """The target and the rule that chose it."""
     assert info.layout is not None
-    for pattern, to in reversed(rules):
-        if pattern.search(info.name):
-            return to, f"--map '{pattern.pattern}={to}'"
     dtype = dense_dtype(info.layout)
+    for pattern, to in reversed(rules):
+        if pattern.search(info.name) and _may_become(info, to):
+            return to, f"--map '{pattern.pattern}={to}'"
     if recipe.to == DENSE_AGAIN:
         return (KEEP, "dense") if dtype else (DENSE_AGAIN, "packed")
     if recipe.to == KEEP:
@@ -272,6 +274,12 @@ def _choose(info: TensorInfo, recipe: Recipe, rules: list[tuple[re.Pattern[str],
     if why := stays(info.name, info.shape, dtype) if dtype else "":
         return KEEP, why
     return recipe.to, WEIGHTS if dtype else "packed"
+
+
+def _may_become(info: TensorInfo, to: str) -> bool:
+    """Whether a rule may give this tensor this layout: whole numbers, such as positions, stay what they are."""
+    dtype = dense_dtype(info.layout) if info.layout else ""
+    return to == KEEP or not dtype or is_float(dtype)
 
 
 def stays(name: str, shape: tuple[int, ...], dtype: str) -> str:

@@ -64,7 +64,14 @@ def validate(path: Path, level: Level = "data", names: Names = iter) -> list[Fin
     `structure` also compares layouts with the installed formats of the same name. `data` also reads
     every tensor: checksums, scales that are not finite, unused codes, spare bits. `names` walks the
     tensors, and may show progress.
+
+    Raises
+    ------
+    ContainerError
+        If nothing is at this path.
     """
+    if not path.exists():
+        checkpoint.container_of(path)  # says what is near
     try:
         model = checkpoint.open(path)
     except ContainerError as error:

@@ -198,7 +198,8 @@ def test_decode_says_what_it_wrote(packed: Path, tmp_path: Path, capsys: pytest.
             3,
             "a Git LFS pointer, not the file it stands for; run git lfs pull",
         ),
-        ("validate {tmp}/nothing.gguf", 1, ""),
+        ("convert {model} {tmp}/out.onnx --to q4_0", 2, "a folder, a .safetensors or a .gguf is written, no .onnx"),
+        ("validate {tmp}/nothing.gguf", 3, "{tmp}/nothing.gguf: no such file or folder"),
         ("convert", 2, "Missing argument"),
         ("frobnicate", 2, "No such command 'frobnicate'"),
     ],
@@ -215,6 +216,11 @@ def test_a_wrong_command_is_one_line_and_leaves_nothing(
     assert message.format(**places) in said.err
     assert said.err.count("\n") == (1 if said.err else 0) and "Traceback" not in said.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "model", "pickled"]
+
+
+def test_no_command_is_help_and_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    said = Said(capsys)
+    assert said.code == 2 and said.out.startswith("Usage: packfmt") and "convert" in said.out and said.err == ""
 
 
 def test_help_answers_without_loading_what_it_does_not_need() -> None:

@@ -71,6 +71,13 @@ def test_a_rule_that_matches_nothing_is_refused(model: Path) -> None:
         planned(model, Recipe("q4_0", (("lm_head", "q8_0"),)))
 
 
+def test_a_rule_leaves_whole_numbers_alone_and_is_refused_if_there_is_nothing_else(model: Path) -> None:
+    found = planned(model, Recipe("q4_0", (("positions|embed", "q8_0"),)))
+    assert layouts(found)["positions"] == "i64" and layouts(found)["embed.weight"] == "q8_0"
+    with pytest.raises(PlanError, match=r"--map 'positions=q8_0' matches only tensors that are no floats"):
+        planned(model, Recipe("q4_0", (("positions", "q8_0"),)))
+
+
 def test_a_rule_that_is_no_regular_expression_is_refused(model: Path) -> None:
     with pytest.raises(PlanError, match=r"--map '\(': not a regular expression: missing \)"):
         planned(model, Recipe("q4_0", (("(", "q8_0"),)))

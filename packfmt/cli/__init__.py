@@ -39,7 +39,11 @@ def run(arguments: list[str] | None = None) -> int:
 
     for room in ("making", "reading"):  # each adds its commands to the application
         import_module(f"packfmt.cli.{room}")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if not arguments:
+            app(["--help"], prog_name="packfmt", standalone_mode=False)
+            return REFUSED
         result = app(arguments, prog_name="packfmt", standalone_mode=False)
         if result == INTERRUPTED:
             return _say(STOPPED, INTERRUPTED)

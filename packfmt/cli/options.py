@@ -10,7 +10,6 @@ import typer
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
@@ -24,7 +23,9 @@ To = Annotated[str, typer.Option("--to", metavar="LAYOUT", help="layout of the w
 Maps = Annotated[
     list[str] | None,
     typer.Option(
-        "--map", metavar="REGEX=LAYOUT", help="another layout, or keep, where the name matches; later rules win"
+        "--map",
+        metavar="REGEX=LAYOUT",
+        help="another layout, or keep, where the name matches, norms and biases too; later rules win",
     ),
 ]
 Fallback = Annotated[
