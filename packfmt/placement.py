@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise, product
+from functools import lru_cache
+from itertools import islice, pairwise, product
 from math import gcd, lcm, prod
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,12 +21,14 @@ from packfmt.errors import LayoutError
 from packfmt.layout import BIT, WORD, Fitted, Layout, Member, Part, Placed, dtype_of, itemsize
 
 if TYPE_CHECKING:
-    from packfmt.kernels.move import Pieces
+    from packfmt.kernels.move import Pieces, Run, Steps
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
 Ints = npt.NDArray[np.int64]
 
+MOST_KEPT: Final = 8  # moves kept for the next tensor of a shape
+MOST_PIECES: Final = 1 << 12  # in all of them
 MOST_BITS: Final = 1 << 16  # in one table of pieces
 NEAR: Final = 1 << 14  # bytes that a run may span: half of a first-level cache
 WORTH: Final = 16  # repetitions that make a run worth starting
@@ -271,8 +274,27 @@ class Even:
         return max(abs(self.source), abs(self.target))
 
 
+Move = tuple["Steps", "Pieces", "Run"]  # what the loop takes besides the bytes
+
+
 def _move(raw: Array, source: Side, out: Array, target: Side, counts: tuple[int, ...]) -> None:
     """Copy what both sides hold of the elements of one part, `counts` of them along the axes."""
+    from packfmt.kernels import move
+
+    for steps, pieces, run in _few_moves(source, target, counts) or _moves(source, target, counts):
+        move.move(raw, out, steps, pieces, run)
+
+
+@lru_cache(maxsize=64)
+def _few_moves(source: Side, target: Side, counts: tuple[int, ...]) -> tuple[Move, ...]:
+    """The moves, kept for the next tensor of this shape, for models repeat shapes; none if they are not small."""
+    few = tuple(islice(_moves(source, target, counts), MOST_KEPT + 1))
+    small = len(few) <= MOST_KEPT and sum(len(pieces.mask) for _, pieces, _ in few) <= MOST_PIECES
+    return few if small else ()
+
+
+def _moves(source: Side, target: Side, counts: tuple[int, ...]) -> Iterator[Move]:
+    """Cut the elements into boxes in which all digits run evenly, and each box into moves."""
     bits = np.arange(max(source.low, target.low), min(source.high, target.high))
     if not len(bits):
         return
@@ -292,7 +314,7 @@ def _move(raw: Array, source: Side, out: Array, target: Side, counts: tuple[int,
         # neighbouring bits last, so that they move as one piece
         tables.sort(key=lambda table: -abs(table[-1] - table[0])[[1, 3]].max())
         tables.append(_steps(source, target, CODE_BITS, bits))
-        _sweep(raw, source, out, target, tables, even)
+        yield from _sweep(source, target, tables, even)
 
 
 def _steps(source: Side, target: Side, axis: int, index: Ints) -> Ints:
@@ -325,8 +347,8 @@ def _boxes(strides: Iterable[int], count: int) -> list[tuple[Ints, list[tuple[in
     return out
 
 
-def _sweep(raw: Array, source: Side, out: Array, target: Side, tables: list[Ints], even: list[Even]) -> None:
-    """Decide what becomes table, run and outer counter of the loop, and run it."""
+def _sweep(source: Side, target: Side, tables: list[Ints], even: list[Even]) -> Iterator[Move]:
+    """Decide what becomes table, run and outer counter of the loop."""
     from packfmt.kernels import move
 
     backward = [e for e in even if e.target < 0]  # is walked from its far end
@@ -347,7 +369,7 @@ def _sweep(raw: Array, source: Side, out: Array, target: Side, tables: list[Ints
                 outer.append(Even(near.size // size, near.source * size, near.target * size))
                 break
         steps = np.array([(e.size, e.source, e.target) for e in outer], np.int64).reshape(-1, 3)
-        move.move(raw, out, move.Steps(*steps.T.copy()), pieces, move.Run(here.size, here.source, here.target, block))
+        yield move.Steps(*steps.T.copy()), pieces, move.Run(here.size, here.source, here.target, block)
 
 
 def _merged(even: list[Even]) -> list[Even]:

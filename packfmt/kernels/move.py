@@ -55,7 +55,7 @@ def move(source: np.ndarray, target: np.ndarray, outer: Steps, pieces: Pieces, r
         return
     settings = int(np.prod(outer.size))
     blocks = -(-run.size // run.block)
-    least = -(-LEAST_PIECES // (len(pieces.source) * run.block))
+    least = -(-LEAST_PIECES // (len(pieces.source) * min(run.block, run.size)))
 
     def work(start: int, stop: int) -> None:
         _move(source, target, start, stop, settings, outer, pieces, run)
