@@ -156,6 +156,13 @@ def test_diff_tells_how_far_apart(
     assert rows["positions"] == f"only in {model}"
 
 
+def test_numbers_that_json_does_not_have_stand_as_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "zeros.safetensors")
+    save_file({"a": np.ones(3, np.float32)}, tmp_path / "ones.safetensors")
+    said = Said(capsys, "diff", tmp_path / "zeros.safetensors", tmp_path / "ones.safetensors", "--json")
+    assert said.json["tensors"][0]["relative_rms"] == "inf" and "Infinity" not in said.out
+
+
 def test_decode_says_what_it_wrote(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = Said(capsys, "decode", packed, tmp_path / "dense.safetensors", "--dtype", "f16")
     assert said.code == 0 and "decode (lossy)" in said.out

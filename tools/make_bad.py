@@ -190,6 +190,12 @@ def _() -> bytes:
     return framed(b"{" + entry + b"," + entry + b"}", b"ab")
 
 
+@case("name_moves_the_cursor.safetensors", "PF102")
+def _() -> bytes:
+    """A tensor's name would clear the terminal that shows it."""
+    return framed(b'{"a\\u001b[2J":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', b"ab")
+
+
 @case("nan_scale.safetensors", "PF120")
 def _() -> bytes:
     """The scale of the first q4_0 block is NaN; checksums agree."""
@@ -282,6 +288,12 @@ def _() -> bytes:
 def _() -> bytes:
     """packfmt's metadata lack the record of tensors."""
     return reheaded(lambda head, own: own.pop("tensors"))
+
+
+@case("logical_dtype_is_none.safetensors", "PF112")
+def _() -> bytes:
+    """packfmt's metadata say that the weight was a "float_16", which is no dtype."""
+    return reheaded(lambda head, own: own["tensors"]["layer.weight"].update(dtype="float_16"))
 
 
 @case("git_lfs_pointer.safetensors", "PF100")

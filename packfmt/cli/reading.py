@@ -92,7 +92,7 @@ def inspect(source: Source, json: Json = False) -> int:
         ],
     )  # fmt: skip
     for key, value in keys.items():
-        print(f"{key} = {_short(value)}")
+        print(f"{key if key.isprintable() else repr(key)} = {_short(value)}")
     each = 8 * total / max(1, weights)
     sizes = f"{weights:,} weights, {show.size(total)}, {each:.4g} bits a weight"
     print(f"{source}: {container}, {len(infos)} tensors, {sizes}")

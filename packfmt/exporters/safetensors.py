@@ -44,7 +44,9 @@ def refusal(layout: Layout, shape: tuple[int, ...]) -> str:
 
 def name_refusal(name: str) -> str:
     """Why no tensor can bear this name; empty if one can."""
-    return f"the name {name!r}, which the format keeps for itself" if name == "__metadata__" else ""
+    if name == "__metadata__":
+        return f"the name {name!r}, which the format keeps for itself"
+    return "" if name and name.isprintable() else f"the name {name!r}, needs one that can be printed"
 
 
 # ---------------------------------------------------------------- writing
@@ -294,6 +296,8 @@ class SafetensorsSource:
         need = {"layout": str, "id": str, "shape": list, "dtype": str, "sha256": dict}
         if not isinstance(record, dict) or not all(isinstance(record.get(k), t) for k, t in need.items()):
             raise ContainerError(f"{where}: its record needs {', '.join(need)}", "PF112")
+        if record["dtype"] not in {dtype_of(d).name for d in DTYPES.values()}:
+            raise ContainerError(f"{where}: was {record['dtype']!r}, which is no dtype", "PF112")
         if not all(type(n) is int and n >= 0 for n in record["shape"]):
             raise ContainerError(f"{where}: shape {record['shape']}, needs whole numbers", "PF106")
         if record["id"] not in known:

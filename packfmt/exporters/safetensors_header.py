@@ -71,6 +71,9 @@ def read(path: Path, file: BinaryIO) -> Header:
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ContainerError(f"{path}: __metadata__ is not a record of texts", "PF102")
+    for name in raw:
+        if not name or not name.isprintable():  # or it could move a terminal's cursor
+            raise ContainerError(f"{path}: a tensor called {name!r}, needs a name that can be printed", "PF102")
     entries = {name: _entry(f"{path}: {name}", value) for name, value in raw.items()}
     _check_tiling(path, entries, size - 8 - length)
     return Header(entries, metadata, 8 + length)
