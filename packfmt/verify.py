@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from math import inf, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from packfmt.errors import ContainerError, LayoutError, MismatchError
 from packfmt.layout import DENSE
 
 Level = Literal["header", "structure", "data"]
+STRIP = 1 << 20  # numbers compared at a time
 Names = Callable[[Checkpoint], Iterable[str]]
 LEVELS: tuple[Level, ...] = ("header", "structure", "data")
 
@@ -185,13 +187,16 @@ def values(tensor: PackedTensor) -> Array:
 
 
 def errors(a: Array, b: Array) -> tuple[float, float]:
-    """Relative RMS error of b against a, and the largest absolute difference, in float64."""
-    exact = a.reshape(-1).astype(np.float64)
-    off = b.reshape(-1).astype(np.float64)
-    off -= exact
-    power = float(exact @ exact)
-    rms = float(np.sqrt((off @ off) / power)) if power else (0.0 if not off.any() else float("inf"))
-    return rms, float(np.abs(off).max(initial=0.0))
+    """Relative RMS error of b against a, and the largest absolute difference, in float64, a strip at a time."""
+    left, right = a.reshape(-1), b.reshape(-1)
+    off = power = largest = 0.0
+    for start in range(0, len(left), STRIP):
+        exact = left[start : start + STRIP].astype(np.float64)
+        apart = right[start : start + STRIP].astype(np.float64) - exact
+        off, power = off + float(apart @ apart), power + float(exact @ exact)
+        largest = float(np.maximum(largest, np.abs(apart).max()))  # NaN stays NaN
+    relative = sqrt(off / power) if power else (inf if off else 0.0)
+    return relative, largest
 
 
 def _bytes(array: Array) -> Array:

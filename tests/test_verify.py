@@ -52,8 +52,17 @@ def test_the_error_is_relative_to_the_first_in_float64() -> None:
     assert (found.same_bytes, found.same_values) == (False, False)
     assert (found.relative_rms, found.largest) == (0.1, 0.5)
     assert verify.difference("w", dense([0, 0]), dense([0, 1])).relative_rms == float("inf")
+    assert np.isnan(verify.difference("w", dense([1, 1]), dense([1, np.nan])).largest)
     assert verify.difference("w", dense([0, 0]), dense([0.0, -0.0])).same_values
     assert not verify.difference("w", dense([0, 0]), dense([0.0, -0.0])).same_bytes
+
+
+def test_errors_of_many_strips_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (np.arange(n, n + 1000, dtype=np.float32) for n in (0, 3))
+    whole = verify.errors(a, b)
+    assert whole[1] == 3 and whole[0] == pytest.approx(np.sqrt(9000 / (a.astype(np.float64) ** 2).sum()), rel=1e-14)
+    monkeypatch.setattr(verify, "STRIP", 7)
+    assert verify.errors(a, b) == whole  # sums of small whole numbers do not round
 
 
 def test_the_same_values_in_another_layout_are_the_same_values() -> None:
