@@ -192,7 +192,8 @@ def errors(a: Array, b: Array) -> tuple[float, float]:
     off = power = largest = 0.0
     for start in range(0, len(left), STRIP):
         exact = left[start : start + STRIP].astype(np.float64)
-        apart = right[start : start + STRIP].astype(np.float64) - exact
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            apart = right[start : start + STRIP].astype(np.float64) - exact
         off, power = off + float(apart @ apart), power + float(exact @ exact)
         largest = float(np.maximum(largest, np.abs(apart).max()))  # NaN stays NaN
     relative = sqrt(off / power) if power else (inf if off else 0.0)
