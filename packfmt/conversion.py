@@ -80,7 +80,8 @@ def convert(
 
 def plan_for(model: Checkpoint, target: Path, recipe: Recipe, container: str = "") -> Plan:
     """The plan of a conversion of an open model (`plan.make_plan`)."""
-    method = (model.extras.config or {}).get("quantization_config", {}).get("quant_method", "packfmt")
+    quantised = (model.extras.config or {}).get("quantization_config") or {}
+    method = quantised.get("quant_method", "packfmt") if isinstance(quantised, dict) else quantised
     if method != "packfmt":
         raise PlanError(f"{model.path}: quantised already, as {method!r}, which packfmt does not read yet; "
                         "convert the model it was made from")  # fmt: skip
@@ -203,6 +204,10 @@ def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
         raise PlanError(f"{target}: is the source or holds it; choose another destination")
     if target.exists() and not force:
         raise PlanError(f"{target}: exists; choose another destination or say --force to replace it")
+    one_file = target.suffix in exporters.SUFFIXES.values() or plan.container != "safetensors"
+    if target.exists() and target.is_dir() == one_file:
+        there, wanted = ("a folder", "a file") if one_file else ("a file", "a folder")
+        raise PlanError(f"{target}: is {there}, and {wanted} is to be written; choose another destination")
     if target.is_dir() and not _replaceable(target):
         raise PlanError(f"{target}: a folder that packfmt did not write; --force does not replace it")
     folder = target.absolute().parent

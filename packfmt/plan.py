@@ -13,9 +13,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import numpy as np
+
 from packfmt.codec import Codec, dense_dtype, is_float, matrix, why_inexact
 from packfmt.errors import LayoutError, PlanError
-from packfmt.layout import DENSE, Layout
+from packfmt.layout import DENSE, Layout, dtype_of
 
 VERSION = 1
 KEEP: Final = "keep"  # as a layout in a rule: leave the tensor as it is
@@ -72,10 +74,12 @@ class Step:
     @property
     def exact(self) -> bool:
         """Whether no number changes."""
-        widens = {("f16", "f32"), ("bf16", "f32"), ("f16", "f64"), ("bf16", "f64"), ("f32", "f64")}
         if self.action == "decode":
             return self.layout.name in ("f32", "f64")
-        return self.action in (KEEP, "repack") or (self.before.name, self.layout.name) in widens
+        if self.action == "cast":
+            before, after = (dtype_of(c.components[0].dtype) for c in (self.before.fit(1, 1), self.layout.fit(1, 1)))
+            return bool(np.can_cast(before, after, "safe"))
+        return self.action in (KEEP, "repack")
 
     @property
     def nbytes(self) -> int:
@@ -215,7 +219,7 @@ def _step(
             f"stored as {info.kind}, which no layout of packfmt describes; convert it with the tool that made it"
         )
     target, reason = _choose(info, recipe, rules)
-    if info.name + "_scale_inv" in index:
+    if target != KEEP and info.name + "_scale_inv" in index:
         raise PlanError("has a weight_scale_inv beside it, so its numbers alone are not the weight; not read yet")
     if target not in (KEEP, DENSE_AGAIN) and not _fits(shelf[target].layout, info.shape):
         if not recipe.fallback:
@@ -341,12 +345,30 @@ def from_json(data: Any, index: Mapping[str, TensorInfo], container: Holder, cod
         if data["container"] != container.NAME:
             raise PlanError(f"the plan is for {data['container']}, the destination is {container.NAME}")
         steps = tuple(_replayed(s, index, container, codecs) for s in data["steps"])
+        _check_files(steps, container.NAME)
         missing = sorted(index.keys() - {s.name for s in steps})
         if missing or len({s.name for s in steps}) != len(steps):
             raise PlanError(f"the plan must name every tensor once; {missing[0] if missing else 'one'} is not")
         return Plan(str(data["source"]), container.NAME, steps)
     except (KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"not a saved plan: {type(error).__name__} {error}") from error
+
+
+def _check_files(steps: tuple[Step, ...], container: str) -> None:
+    """A plan's files are plain names, and one is finished before the next begins."""
+    done: list[str] = []
+    for s in steps:
+        named = re.fullmatch(r"[\w.-]+\.safetensors", s.file) and not s.file.startswith(".")
+        if s.file and not (named and container == "safetensors"):
+            raise PlanError(f"{s.name}: in the file {s.file!r}, needs a plain name that ends in .safetensors")
+        if s.file in done[:-1]:
+            raise PlanError(
+                f"{s.name}: in the file {s.file!r}, which other files follow already; order the steps by file"
+            )
+        if s.file not in done:
+            done.append(s.file)
+    if "" in done and len(done) > 1:
+        raise PlanError("some steps name a file and some do not")
 
 
 def _replayed(s: Any, index: Mapping[str, TensorInfo], container: Holder, codecs: Callable[[str], Codec]) -> Step:
@@ -362,8 +384,10 @@ def _replayed(s: Any, index: Mapping[str, TensorInfo], container: Holder, codecs
         layout = DENSE[s["to"]]
     else:
         layout = codecs(s["to"]).layout
-    if s.get("id") not in (None, layout.id) and s.get("action") != "":
+    if s.get("id") not in (None, layout.id):
         raise PlanError(f"{name}: the plan's {s['to']} has id {s['id'][:16]}, here it is {layout.id[:16]}")
+    if not _may_become(info, s["to"]) and layout != info.layout:
+        raise PlanError(f"{name}: is {info.dtype}, which {s['to']} does not hold")
     try:
         layout.fit(*matrix(info.shape))
     except LayoutError as error:

@@ -136,6 +136,11 @@ def test_verify_checks_laws_and_measures_errors(model: Path, packed: Path, capsy
     off = codecs.get("q4_0").encode(tensors()["embed.weight"]).decode() - weight
     assert errors["embed.weight"] == pytest.approx(np.sqrt((off**2).sum() / (weight**2).sum()), rel=1e-12)
     assert errors["layers.0.norm.weight"] == 0
+    other = folder(packed.parent / "other", {"embed.weight": normal(96, 128)})
+    said = Said(capsys, "verify", packed, "--against", other, "--json")
+    broken = {t["name"]: t["broken"] for t in said.json["tensors"]}
+    assert said.code == 1 and broken["embed.weight"] == [f"in {other} its shape is [96, 128]"]
+    assert broken["positions"] == [f"not in {other}"]
     said = Said(capsys, "verify", BAD / "spare_bits.safetensors")
     assert said.code == 1 and said.out.endswith("1 tensors, 1 break a law\n")
 

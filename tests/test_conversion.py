@@ -216,6 +216,23 @@ def test_the_source_is_never_its_own_target(model: Path, tmp_path: Path) -> None
     assert file.read_bytes() == before
 
 
+def test_a_file_does_not_replace_a_folder_nor_a_folder_a_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / "folder.gguf").mkdir()
+    with pytest.raises(PlanError, match="file: is a file, and a folder is to be written"):
+        conversion.convert(model, tmp_path / "file", "q8_0", force=True)
+    with pytest.raises(PlanError, match=r"folder\.gguf: is a folder, and a file is to be written"):
+        conversion.convert(model, tmp_path / "folder.gguf", "q8_0", force=True)
+    assert left(tmp_path) == ["file", "folder.gguf"] and (tmp_path / "file").read_bytes() == b"mine"
+
+
+def test_a_dense_tensor_with_a_components_name_is_refused(tmp_path: Path) -> None:
+    model = folder(tmp_path / "model", {"w": normal(64, 64), "w.blocks": normal(9)})
+    with pytest.raises(PlanError, match=r"both would be stored as 'w\.blocks'; keep one of them"):
+        conversion.convert(model, tmp_path / "out", "q8_0")
+    assert left(tmp_path) == []
+
+
 def test_a_missing_folder_is_told_before_anything_is_read(model: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="nowhere: no such folder; make it first"):
         conversion.convert(model, tmp_path / "nowhere" / "out", "q8_0")

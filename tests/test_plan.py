@@ -149,6 +149,7 @@ def test_weights_whose_scale_stands_beside_them_are_not_taken_for_weights(tmp_pa
     model = folder(tmp_path / "m", {"a.weight": fp8, "a.weight_scale_inv": normal(1, 1)})
     with pytest.raises(PlanError, match=r"a\.weight: has a weight_scale_inv beside it"):
         planned(model, Recipe("q8_0"))
+    assert {s.action for s in planned(model, Recipe("keep")).steps} == {"keep"}  # which needs no number
 
 
 def test_a_model_that_another_tool_quantised_is_refused(tmp_path: Path) -> None:
@@ -156,6 +157,8 @@ def test_a_model_that_another_tool_quantised_is_refused(tmp_path: Path) -> None:
     (model / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
     with pytest.raises(PlanError, match="quantised already, as 'gptq'"):
         planned(model, Recipe("q8_0"))
+    (model / "config.json").write_text('{"quantization_config": null}')
+    assert len(planned(model, Recipe("q8_0")).steps) == len(tensors())
 
 
 def test_shards_are_cut_in_order_and_a_large_tensor_has_its_own(model: Path) -> None:
@@ -182,6 +185,7 @@ def test_sizes_and_what_is_held_follow_from_layouts(model: Path) -> None:
         ("f32", "f32", "keep", True),
         ("f32", "f16", "cast", False),
         ("bf16", "f32", "cast", True),
+        ("f16", "f32", "cast", True),
         ("f16", "bf16", "cast", False),
         ("f32", "q4_0", "quantise", False),
         ("q4_0", "q4_0", "keep", True),
@@ -235,6 +239,34 @@ def test_an_edited_plan_is_followed_and_checked(model: Path) -> None:
         for wrong in (None, [], {"version": 1}, {"version": 1, "container": "safetensors", "steps": [3]}):
             with pytest.raises(PlanError, match="not a saved plan"):
                 plan.from_json(wrong, source.index, exporters.get("safetensors"), codecs.get)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["../out.safetensors"], r"in the file '\.\./out\.safetensors', needs a plain name"),
+        (["/root/x.safetensors"], "needs a plain name"),
+        ([".hidden.safetensors"], "needs a plain name"),
+        (["config.json"], "needs a plain name"),
+        (["a.safetensors", "b.safetensors", "a.safetensors"], "which other files follow already; order the steps"),
+        (["a.safetensors", ""], "some steps name a file and some do not"),
+    ],
+)
+def test_a_saved_plan_cannot_leave_the_folder_or_write_a_file_twice(
+    model: Path, files: list[str], message: str
+) -> None:
+    data = planned(model, Recipe("q4_0")).to_json()
+    for step, file in zip(data["steps"], files + files[-1:] * len(data["steps"]), strict=False):
+        step["file"] = file
+    with checkpoint.open(model) as source, pytest.raises(PlanError, match=message):
+        plan.from_json(data, source.index, exporters.get("safetensors"), codecs.get)
+
+
+def test_a_saved_plan_that_packs_whole_numbers_is_refused(model: Path) -> None:
+    data = planned(model, Recipe("q4_0")).to_json()
+    next(s for s in data["steps"] if s["name"] == "positions").update(to="q8_0", id=None)
+    with checkpoint.open(model) as source, pytest.raises(PlanError, match="positions: is int64, which q8_0 does not"):
+        plan.from_json(data, source.index, exporters.get("safetensors"), codecs.get)
 
 
 def test_decoding_gives_each_weight_its_own_dtype_again(tmp_path: Path) -> None:

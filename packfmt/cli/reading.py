@@ -146,21 +146,15 @@ def verify(
         origin = stack.enter_context(checkpoint.open(against)) if against else None
         for name in show.watched(model, quiet=json):
             tensor = model[name]
-            row: dict[str, Any] = {
-                "name": name,
-                "layout": tensor.layout.name,
-                "broken": laws.laws(tensor),
-                "relative_rms": None,
-            }
-            if origin is not None and name in origin.index:
-                far = laws.difference(name, origin[name], tensor)
-                row["relative_rms"] = far.relative_rms
-                if far.note.count("["):
-                    row["broken"] = [*laws.laws(tensor), f"another shape than in {against}: {far.note}"]
+            broken, error = laws.laws(tensor), None
+            if origin is not None and name not in origin.index:
+                broken.append(f"not in {against}")
+            elif origin is not None and origin.index[name].shape != tensor.shape:
+                broken.append(f"in {against} its shape is {list(origin.index[name].shape)}")
             elif origin is not None:
-                row["broken"] = [*laws.laws(tensor), f"not in {against}"]
-            rows.append(row)
-    broken = [r for r in rows if r["broken"]]
+                error = laws.difference(name, origin[name], tensor).relative_rms
+            rows.append({"name": name, "layout": tensor.layout.name, "broken": broken, "relative_rms": error})
+    bad = [r for r in rows if r["broken"]]
     if json:
         show.as_json({"path": str(source), "against": str(against) if against else None, "tensors": rows})
     else:
@@ -169,14 +163,14 @@ def verify(
                 ("tensor", "layout", "relative RMS error"),
                 [(r["name"], r["layout"], _number(r["relative_rms"])) for r in rows],
             )
-        for r in broken:
+        for r in bad:
             print(f"{source}: {r['name']}: {'; '.join(r['broken'])}")
         print(
-            f"{source}: {len(rows)} tensors, {len(broken)} break a law"
-            if broken
+            f"{source}: {len(rows)} tensors, {len(bad)} break a law"
+            if bad
             else f"{source}: {len(rows)} tensors, all laws hold"
         )
-    return FOUND if broken else GOOD
+    return FOUND if bad else GOOD
 
 
 @app.command()

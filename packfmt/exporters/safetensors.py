@@ -64,6 +64,7 @@ def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extra
         If a tensor is not the one its step announced.
     """
     stream = iter(tensors)
+    _check_names(plan.steps)
     if path.suffix == SUFFIX:
         with whole_file(path, check) as file:
             _write_tensors(file, plan.steps, stream)
@@ -81,6 +82,15 @@ def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extra
             total = sum((folder / name).stat().st_size for name in set(places.values()))
             _dump(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
         _write_extras(folder, plan, extras)
+
+
+def _check_names(steps: tuple[Step, ...]) -> None:
+    owner: dict[str, str] = {}
+    for step in steps:
+        for name in _files_of(step).values():
+            if name in owner:
+                raise PlanError(f"{step.name} and {owner[name]}: both would be stored as {name!r}; keep one of them")
+            owner[name] = step.name
 
 
 def _write_tensors(file: BinaryIO, steps: tuple[Step, ...], tensors: Iterator[PackedTensor]) -> dict[str, Entry]:
