@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-import sys
-from collections.abc import Callable, Iterator
-from decimal import ROUND_HALF_UP, Decimal, getcontext
-from fractions import Fraction
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
@@ -21,7 +17,8 @@ from hypothesis import strategies as st
 
 from packfmt import codecs, placement
 from packfmt.codec import PackedTensor
-from packfmt.errors import LayoutError, PlanError
+from packfmt.errors import LayoutError
+from tests.slow_encoders import TWINS
 
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
@@ -284,82 +281,6 @@ def test_dense_halves_decode_as_gguf_s(name: str) -> None:
 
 
 # ---------------------------------------------------------------- slow twins
-
-
-def half_bytes(number: Floats) -> bytes:
-    """float16 by Python's struct: from float64, half to even."""
-    return struct.pack("<e", float(number))
-
-
-def round_away(number: Floats) -> int:
-    return int(Decimal(float(number)).quantize(Decimal(1), ROUND_HALF_UP))
-
-
-def inverse(step: Floats) -> Floats:
-    """1 / step rounded to float32 from the exact quotient; 0 where that is infinite."""
-    if not step:
-        return F32(0)
-    with np.errstate(over="ignore"):
-        found = F32(float(1 / Fraction(float(step))))
-    return found if np.isfinite(found) else F32(0)
-
-
-def first_peak(block: Floats) -> Floats:
-    peak = block[0]
-    for w in block[1:]:
-        if abs(w) > abs(peak):
-            peak = w
-    return peak
-
-
-def q8_0_twin(block: Floats) -> bytes:
-    step = abs(first_peak(block)) / F32(127)
-    codes = [round_away(w * inverse(step)) for w in block]
-    return half_bytes(step) + bytes(code % 256 for code in codes)
-
-
-def q4_0_twin(block: Floats) -> bytes:
-    step = first_peak(block) / F32(-8)
-    codes = [min(15, int(w * inverse(step) + F32(8.5))) for w in block]
-    return half_bytes(step) + bytes(codes[j] + 16 * codes[j + 16] for j in range(16))
-
-
-def tq2_0_twin(block: Floats) -> bytes:
-    step = abs(first_peak(block))
-    codes = [1 + round_away(w * inverse(step)) for w in block]
-    out = [0] * 64
-    for j, code in enumerate(codes):
-        half, place, field = j // 128, j % 32, j % 128 // 32
-        out[32 * half + place] += code * 4**field
-    return bytes(out) + half_bytes(step)
-
-
-E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-
-
-def log2_float32(number: Fraction) -> float:
-    """log2 to 40 digits, rounded to float32."""
-    getcontext().prec = 40
-    exact = (Decimal(number.numerator) / Decimal(number.denominator)).ln() / Decimal(2).ln()
-    return float(F32(float(exact)))
-
-
-def mxfp4_twin(block: Floats) -> bytes:
-    """Nearest in exact arithmetic, the first of equals, among the values that float32 has."""
-    peak = Fraction(float(abs(first_peak(block))))
-    scale = max(0, int(log2_float32(peak) // 1) + 125) if peak else 0
-    step = Fraction(2) ** (scale - 128)
-    reachable = [code for code in range(16) if abs(E2M1[code] * step) < Fraction(2) ** 128]
-    codes = [min(reachable, key=lambda code: abs(E2M1[code] * step - Fraction(float(w)))) for w in block]
-    return bytes([scale, *(codes[j] + 16 * codes[j + 16] for j in range(16))])
-
-
-TWINS: dict[str, Callable[[Floats], bytes]] = {
-    "q8_0": q8_0_twin,
-    "q4_0": q4_0_twin,
-    "mxfp4": mxfp4_twin,
-    "tq2_0": tq2_0_twin,
-}
 
 
 def assert_twin(name: str, weight: Floats) -> None:
@@ -625,67 +546,3 @@ def test_worked_example(name: str) -> None:
     for byte, bits in re.findall(r"`(\w\w)` = ([01 ]+)\b", example):
         assert int(byte, 16) == int(bits.replace(" ", ""), 2)
     assert encode(name, weight) == blocks
-
-
-# ---------------------------------------------------------------- a format from elsewhere
-
-
-TOY = '''
-"""toy: 8 weights share a float32 scale; codes are signs."""
-
-import numpy as np
-
-from packfmt.codec import Codec
-from packfmt.layout import Codes, Values, blocks, cols, grid
-
-LAYOUT = blocks("toy", 8, Codes("codes", 1, (), (cols(1, 8),)), Values("scale", "<f4"), grid=grid("affine", zero=0))
-
-
-def quantize(weight):
-    scale = np.abs(weight).reshape(len(weight), -1, 8).max(2)
-    return {"codes": (weight > 0).astype(np.uint8), "scale": scale}
-
-
-CODEC = Codec(LAYOUT, {"sign": quantize})
-'''
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on the path, whose packages may declare formats."""
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    monkeypatch.undo()
-    sys.modules.pop("toy_format", None)
-    forget()
-
-
-def forget() -> None:
-    codecs._modules.cache_clear()
-    codecs.get.cache_clear()
-
-
-def declare(folder: Path, line: str) -> None:
-    info = folder / "toy-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[packfmt.codecs]\n{line}\n")
-    forget()
-
-
-def test_a_format_of_another_package_is_a_format(elsewhere: Path) -> None:
-    (elsewhere / "toy_format.py").write_text(TOY)
-    declare(elsewhere, "toy = toy_format")
-    assert "toy" in codecs.names() and set(QUANTISED) < set(codecs.names())
-    weight = np.array([[1, -2, 3, 0, 5, -6, 7, 8.5], [0, 0, 0, 0, 0, 0, 0, -1]], F32)
-    packed = codecs.get("toy").encode(weight)
-    assert packed.components["blocks"].tobytes() == bytes.fromhex("d5 00000841 00 0000803f")
-    assert packed.decode().tolist() == [[8.5, 0, 8.5, 0, 8.5, 0, 8.5, 8.5], [0] * 8]
-    again = placement.pack(packed.layout, packed.shape, packed.unpack())
-    assert again["blocks"].tobytes() == packed.components["blocks"].tobytes()
-
-
-def test_another_package_cannot_take_a_name_of_ours(elsewhere: Path) -> None:
-    declare(elsewhere, "q4_0 = toy_format")
-    with pytest.raises(PlanError, match="claims the format 'q4_0'"):
-        codecs.names()
