@@ -7,20 +7,20 @@ follows from the layout, so a tensor decodes without its codec.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import grids, placement
+from packfmt import grids, placement, respelling
 from packfmt.errors import LayoutError
 from packfmt.layout import DENSE, Layout, dtype_of
 
 Array = npt.NDArray[Any]
 Parts = Mapping[str, Array]
-Encoder = Callable[[npt.NDArray[np.float32]], Parts]  # (rows, cols) float32 -> the layout's parts
+Encoder = Callable[..., Parts]  # (rows, cols) float32 -> the layout's parts
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -81,29 +81,43 @@ class PackedTensor:
         return grids.decode(self.layout, self.matrix, self.components).reshape(self.shape)
 
     def repack(self, layout: Layout) -> PackedTensor:
-        """The same codes and scales in another layout; no number changes.
+        """The same numbers in another layout: bits move, or codes are spelled anew; nothing is rounded.
 
         Raises
         ------
         LayoutError
-            If the layouts differ in grid, or in a part's name, shape or width.
+            If the layouts can hold no number in common, or one of this tensor's does not fit.
         """
-        if reason := self.refuses(layout):
-            raise LayoutError(f"{self.layout.name} to {layout.name}: {reason}")
-        moved = placement.repack(self.layout, layout, self.matrix, self.components)
+        if moves_as_bits(self.layout, layout, self.shape):
+            moved = placement.repack(self.layout, layout, self.matrix, self.components)
+        else:
+            moved = respelling.respell(self.layout, layout, self.matrix, self.components)
         return PackedTensor(layout, self.shape, moved, self.dtype)
 
     def refuses(self, layout: Layout) -> str:
-        """Why `repack` to this layout would change a number; empty if it is exact."""
+        """Why `repack` to this layout could never be exact; empty if it is, or if the numbers decide."""
         return why_inexact(self.layout, layout, self.shape)
 
 
+def moves_as_bits(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
+    """Whether two layouts have the same grid and parts, so that only places differ."""
+    return source.grid == target.grid and not placement.difference(source, target, matrix(shape))
+
+
 def why_inexact(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
-    """Why repacking a tensor of this shape would change a number; empty if it is exact."""
-    if source.grid != target.grid:
-        mine, theirs = (f"{grid.name} {dict(grid.params)}" for grid in (source.grid, target.grid))
-        return f"the grid is {mine}, there {theirs}"
-    return placement.difference(source, target, matrix(shape))
+    """Why repacking a tensor of this shape would always change a number; empty if it is exact, or the numbers decide."""
+    return "" if moves_as_bits(source, target, shape) else respelling.why_not(source, target, matrix(shape))
+
+
+def exact_if(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
+    """What must be true of the numbers for an exact repacking, in words; empty if nothing."""
+    return "" if moves_as_bits(source, target, shape) else respelling.condition(source, target, matrix(shape))
+
+
+def is_ternary(layout: Layout, shape: tuple[int, ...]) -> bool:
+    """Whether numbers are -1, 0 or 1 times a scale, or a sum of such; a fourth code may go unused."""
+    seen = respelling.view(layout, matrix(shape))
+    return isinstance(seen, respelling.View) and seen.steps <= {-1, 0, 1, 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,49 +126,91 @@ class Codec:
 
     An encoder takes (rows, cols) float32, all finite, of a shape that fits, and returns the parts
     in the dtypes of `layout.fit`. It is the only function that may lose information.
+
+    weighted : encoders that also take `importance`, (1 or rows, cols) float32
+    fast : for some encoders, what gives the components at once: the same bytes as packing the parts; or
+        None for a weight that is not finite or cannot be encoded, which the slower way explains
+    remark : what an encoder does to this weight that a user should know, in words; empty if nothing
     """
 
     layout: Layout
     encoders: Mapping[str, Encoder]
+    weighted: tuple[str, ...] = ()
+    fast: Mapping[str, Callable[[npt.NDArray[np.float32]], dict[str, Array] | None]] = field(default_factory=dict)
+    remark: Callable[[npt.NDArray[np.float32]], str] | None = None
 
-    def encode(self, weight: Array, encoder: str = "") -> PackedTensor:
+    def encode(
+        self, weight: Array, encoder: str = "", *, importance: Array | None = None, lossless: bool = False
+    ) -> PackedTensor:
         """Pack a weight of shape (..., cols) and any float dtype of NumPy or ml_dtypes.
 
         float64 is rounded to float32 first; the narrower dtypes convert exactly.
 
+        Parameters
+        ----------
+        weight : (..., cols)
+        encoder : a name of `encoders`; default: the first
+        importance : what an error of each weight costs, not negative: (cols,) or the weight's shape
+        lossless : refuse a weight that decodes to other numbers
+
         Raises
         ------
         LayoutError
-            If the dtype is not a float, the columns do not fill the blocks, a value is not
-            finite, or no encoder has this name.
+            If the dtype is not a float, the columns do not fill the blocks, a value is not finite, no
+            encoder has this name or it does not weigh importance, or `lossless` and a number changes.
         """
         name = self.layout.name
         if encoder and encoder not in self.encoders:
             raise LayoutError(f"{name}: no encoder is called {encoder!r}; there are {', '.join(self.encoders)}")
         if not is_float(weight.dtype.name):
             raise LayoutError(f"{name}: a weight of {weight.dtype}, needs a float dtype")
-        quantize = self.encoders[encoder or next(iter(self.encoders))]
+        chosen = encoder or next(iter(self.encoders))
         shape = matrix(weight.shape)
         self.layout.fit(*shape)  # refuse before the slow part
         with np.errstate(over="ignore"):
             flat = np.ascontiguousarray(weight, np.float32).reshape(shape)
-        _check_finite(name, weight, flat, may_be_infinite=self.layout.grid.name == "plain")
-        parts = quantize(flat)
-        components = placement.pack(self.layout, shape, parts)
-        return PackedTensor(self.layout, weight.shape, components, weight.dtype.name)
+        components = self.fast[chosen](flat) if chosen in self.fast and importance is None else None
+        if components is None:
+            self._check_finite(weight, flat)
+            extra = {} if importance is None else {"importance": self._costs(chosen, shape, importance)}
+            components = placement.pack(self.layout, shape, self.encoders[chosen](flat, **extra))
+        packed = PackedTensor(self.layout, weight.shape, components, weight.dtype.name)
+        if lossless and (reason := self.loss(flat, packed)):
+            raise LayoutError(f"{name}: {reason}")
+        return packed
 
+    def loss(self, weight: Array, packed: PackedTensor) -> str:
+        """How many numbers a packed weight changed, in words; empty if none. The sign of a zero is none."""
+        changed = packed.decode().reshape(-1) != weight.reshape(-1)
+        if not (count := int(np.count_nonzero(changed))):
+            return ""
+        at = [int(i) for i in np.unravel_index(int(np.argmax(changed)), packed.shape)]
+        more = f"; {text}" if self.remark and (text := self.remark(weight.reshape(packed.matrix))) else ""
+        return f"{count} of {changed.size} weights change, the first at {at}{more}"
 
-def _check_finite(name: str, weight: Array, flat: Array, *, may_be_infinite: bool) -> None:
-    """Refuse what no code stands for, and finite float64 that float32 does not reach."""
-    good = np.isfinite(flat)
-    if good.all():
-        return
-    if may_be_infinite:
-        good |= ~np.isfinite(weight).reshape(flat.shape)
-    if bad := int((~good).sum()):
-        at = [int(i) for i in np.unravel_index(int(np.argmin(good)), weight.shape)]
-        what = "beyond float32" if np.isfinite(weight[tuple(at)]) else "not finite"
-        raise LayoutError(f"{name}: {bad} weights are {what}, the first at {at}")
+    def _costs(self, encoder: str, shape: tuple[int, int], importance: Array) -> npt.NDArray[np.float32]:
+        """Importance as (1 or rows, cols) float32."""
+        name = self.layout.name
+        if encoder not in self.weighted:
+            able = f"; {', '.join(self.weighted)} does" if self.weighted else ""
+            raise LayoutError(f"{name}: encoder {encoder!r} does not weigh importance{able}")
+        costs = np.ascontiguousarray(importance, np.float32)
+        rows = 1 if costs.size == shape[1] else shape[0]
+        if costs.size != rows * shape[1] or not (costs >= 0).all() or not np.isfinite(costs).all():
+            raise LayoutError(f"{name}: importance {importance.shape}, needs {shape[1]} finite numbers of 0 or more")
+        return costs.reshape(rows, shape[1])
+
+    def _check_finite(self, weight: Array, flat: Array) -> None:
+        """Refuse what no code stands for, and finite float64 that float32 does not reach."""
+        good = np.isfinite(flat)
+        if good.all():
+            return
+        if self.layout.grid.name == "plain":  # infinities and NaN stay what they are
+            good |= ~np.isfinite(weight).reshape(flat.shape)
+        if bad := int((~good).sum()):
+            at = [int(i) for i in np.unravel_index(int(np.argmin(good)), weight.shape)]
+            what = "beyond float32" if np.isfinite(weight[tuple(at)]) else "not finite"
+            raise LayoutError(f"{self.layout.name}: {bad} weights are {what}, the first at {at}")
 
 
 def is_float(dtype: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from packfmt.codec import Codec, dense_dtype, is_float, matrix, why_inexact
+from packfmt.codec import Codec, dense_dtype, exact_if, is_float, is_ternary, matrix, why_inexact
 from packfmt.errors import LayoutError, PlanError
 from packfmt.layout import DENSE, Layout, dtype_of
 
@@ -42,6 +42,7 @@ class TensorInfo:
     kind: str  # what the container calls its type
     file: Path
     nbytes: int  # stored
+    why: str = ""  # why no layout describes it, and what would help
 
 
 class Holder(Protocol):
@@ -57,8 +58,9 @@ class Holder(Protocol):
 class Step:
     """One tensor's way: what is read, what becomes of it, what it is called after.
 
-    `action` is keep (same bytes), repack (same codes, other bytes), cast (another float dtype),
-    quantise, requantise (decoded first: lossy twice) or decode (to a dense dtype).
+    `action` is keep (same bytes), repack (same numbers in other bytes, or refused), cast (another float
+    dtype), quantise, requantise (decoded first: lossy twice) or decode (to a dense dtype). `lossless`
+    refuses a cast, quantise or requantise that changes a number.
     """
 
     name: str
@@ -70,10 +72,13 @@ class Step:
     reason: str  # the rule that chose the layout
     encoder: str = ""
     file: str = ""  # of a container of several files
+    lossless: bool = False
 
     @property
     def exact(self) -> bool:
         """Whether no number changes."""
+        if self.lossless:
+            return True
         if self.action == "decode":
             return self.layout.name in ("f32", "f64")
         if self.action == "cast":
@@ -122,6 +127,7 @@ class Plan:
                 "id": s.layout.id,
                 "action": s.action,
                 "exact": s.exact,
+                "lossless": s.lossless,
                 "encoder": s.encoder,
                 "reason": s.reason,
                 "nbytes": s.nbytes,
@@ -139,7 +145,7 @@ class Recipe:
 
     `to` "keep" changes only the container. `overrides` are (regular expression, layout or "keep"), searched
     in the tensor's name; later rules win. `fallback` is what tensors get whose columns do not fill the
-    chosen layout's blocks.
+    chosen layout's blocks. `lossless` refuses whatever changes a number.
     """
 
     to: str
@@ -147,6 +153,7 @@ class Recipe:
     fallback: str = ""
     encoder: str = ""
     max_shard: int = MAX_SHARD
+    lossless: bool = False
 
 
 def make_plan(
@@ -215,9 +222,8 @@ def _step(
     container: Holder,
 ) -> Step:
     if info.layout is None:
-        raise PlanError(
-            f"stored as {info.kind}, which no layout of packfmt describes; convert it with the tool that made it"
-        )
+        why = info.why or "which no layout of packfmt describes; convert it with the tool that made it"
+        raise PlanError(f"stored as {info.kind}, {why}")
     target, reason = _choose(info, recipe, rules)
     if target != KEEP and info.name + "_scale_inv" in index:
         raise PlanError("has a weight_scale_inv beside it, so its numbers alone are not the weight; not read yet")
@@ -230,17 +236,20 @@ def _step(
         target, reason = recipe.fallback, f"--fallback, as {matrix(info.shape)[1]} columns do not fill {target}"
     layout = _layout(info, target, shelf)
     layout.fit(*matrix(info.shape))  # the fallback may not fit either
-    action = _action(info, layout)
+    rounded = target in shelf and recipe.encoder in shelf[target].encoders
+    action = _action(info, layout, rounded)
     if action == "requantise":
-        reason += f"; not exact: {why_inexact(info.layout, layout, info.shape)}"
+        reason += f"; not exact: {_inexact(info, layout)}"
+    elif action == "repack" and (condition := exact_if(info.layout, layout, info.shape)):
+        reason += f"; refused unless {condition}"
     if why_not := container.refusal(layout, info.shape) or container.name_refusal(info.name):
         raise PlanError(why_not)
     encoder = ""
     if action in ("quantise", "requantise", "cast") and target in shelf:
         encoders = shelf[target].encoders
         encoder = recipe.encoder if recipe.encoder in encoders else next(iter(encoders))
-    dtype = dense_dtype(layout) or info.dtype
-    return Step(info.name, info.shape, dtype, info.layout, layout, action, reason, encoder)
+    dtype, lossless = dense_dtype(layout) or info.dtype, recipe.lossless and action not in (KEEP, "repack")
+    return Step(info.name, info.shape, dtype, info.layout, layout, action, reason, encoder, "", lossless)
 
 
 def _layout(info: TensorInfo, target: str, shelf: Mapping[str, Codec]) -> Layout:
@@ -252,7 +261,12 @@ def _layout(info: TensorInfo, target: str, shelf: Mapping[str, Codec]) -> Layout
     return shelf[target].layout
 
 
-def _action(info: TensorInfo, layout: Layout) -> str:
+def _action(info: TensorInfo, layout: Layout, rounded: bool = False) -> str:
+    """What must be done.
+
+    Where only the numbers can tell if they fit, ternary weights are moved exactly or refused, unless an
+    encoder was asked for (`rounded`); others would hardly ever fit, and are rounded.
+    """
     assert info.layout is not None
     was_dense, is_dense = dense_dtype(info.layout), dense_dtype(layout)
     if info.layout == layout:
@@ -261,7 +275,17 @@ def _action(info: TensorInfo, layout: Layout) -> str:
         return "cast" if is_dense else "quantise"
     if is_dense:
         return "decode"
-    return "requantise" if why_inexact(info.layout, layout, info.shape) else "repack"
+    if why_inexact(info.layout, layout, info.shape):
+        return "requantise"
+    if exact_if(info.layout, layout, info.shape) and (rounded or not is_ternary(info.layout, info.shape)):
+        return "requantise"
+    return "repack"
+
+
+def _inexact(info: TensorInfo, layout: Layout) -> str:
+    assert info.layout is not None
+    why = why_inexact(info.layout, layout, info.shape)
+    return why or f"only so if {exact_if(info.layout, layout, info.shape)}"
 
 
 def _choose(info: TensorInfo, recipe: Recipe, rules: list[tuple[re.Pattern[str], str]]) -> tuple[str, str]:
@@ -394,11 +418,12 @@ def _replayed(s: Any, index: Mapping[str, TensorInfo], container: Holder, codecs
         raise PlanError(f"{name}: {error}") from error
     if why_not := container.refusal(layout, info.shape) or container.name_refusal(name):
         raise PlanError(f"{name}: {why_not}")
-    action, encoder = _action(info, layout), ""
+    action, encoder = _action(info, layout, bool(s.get("encoder"))), ""
     if action in ("quantise", "requantise", "cast"):
         encoders = codecs(s["to"]).encoders
         encoder = s.get("encoder") or next(iter(encoders))
         if encoder not in encoders:
             raise PlanError(f"{name}: {s['to']} has no encoder {encoder!r}; there are {', '.join(encoders)}")
     dtype, reason = dense_dtype(layout) or info.dtype, str(s.get("reason", ""))
-    return Step(name, info.shape, dtype, info.layout, layout, action, reason, encoder, str(s.get("file", "")))
+    file, lossless = str(s.get("file", "")), s.get("lossless") is True and action not in (KEEP, "repack")
+    return Step(name, info.shape, dtype, info.layout, layout, action, reason, encoder, file, lossless)

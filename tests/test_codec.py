@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from packfmt import codecs
-from packfmt.codec import PackedTensor, dense_dtype, why_inexact
+from packfmt.codec import Codec, PackedTensor, dense_dtype, exact_if, why_inexact
 from packfmt.errors import LayoutError
 from packfmt.layout import DENSE, Codes, Layout, Values, blocks, cols
+from packfmt.placement import pack
 from tests.models import PAIRS, normal, same
 
 Q4_0, Q8_0 = codecs.get("q4_0"), codecs.get("q8_0")
@@ -82,21 +83,45 @@ def test_repacking_changes_places_and_no_number() -> None:
     assert same(moved.repack(Q4_0.layout).components["blocks"], packed.components["blocks"])
 
 
+G64 = blocks("g64", 64, Values("scale", "<f2"), Codes("codes", 4, (), (cols(1, 64),)), grid=Q4_0.layout.grid)
+
+
 @pytest.mark.parametrize(
-    ("target", "reason"),
+    ("source", "target", "reason"),
     [
-        (Q8_0.layout, "the grid is affine {'zero': 8}, there affine {'zero': 0}"),
-        (replace(Q8_0.layout, grid=Q4_0.layout.grid), "codes is u1 of 4 bits in one, i1 of 8 in the other"),
-        (blocks("g64", 64, Values("scale", "<f2"), Codes("codes", 4, (), (cols(1, 64),)), grid=Q4_0.layout.grid),
-         "scale is (8, 4) in one, (8, 2) in the other"),
+        (Q8_0, Q4_0.layout, "q4_0 has no code for -128, -127, -126, -125 ... times a scale"),
+        (Q4_0, codecs.get("mxfp4").layout, "the numbers of mxfp4 are no steps times scales, but 'table'"),
+        (Q4_0, DENSE["f32"], "the numbers of f32 are no steps times scales, but 'plain'"),
     ],
-)  # fmt: skip
-def test_repacking_that_would_change_a_number_is_refused_with_the_reason(target: Layout, reason: str) -> None:
-    packed = Q4_0.encode(normal(8, 128, dtype=np.float32))
-    assert why_inexact(packed.layout, target, packed.shape) == reason
+)
+def test_repacking_that_would_change_a_number_is_refused_with_the_reason(
+    source: Codec, target: Layout, reason: str
+) -> None:
+    packed = source.encode(normal(8, 128, dtype=np.float32))
+    assert why_inexact(packed.layout, target, packed.shape) == packed.refuses(target) == reason
     with pytest.raises(LayoutError) as caught:
         packed.repack(target)
-    assert str(caught.value) == f"q4_0 to {target.name}: {reason}"
+    assert str(caught.value) == f"{source.layout.name} to {target.name}: {reason}"
+
+
+def test_codes_are_spelled_anew_where_only_the_code_of_zero_differs() -> None:
+    packed = Q4_0.encode(normal(8, 128, dtype=np.float32))
+    assert exact_if(Q4_0.layout, Q8_0.layout, packed.shape) == ""
+    moved = packed.repack(Q8_0.layout)
+    assert same(moved.decode() + np.float32(0), packed.decode() + np.float32(0))
+    assert same(moved.unpack()["codes"], packed.unpack()["codes"].astype(np.int8) - np.int8(8))
+
+
+def test_coarser_scales_are_exact_if_the_numbers_allow_it() -> None:
+    packed = Q4_0.encode(normal(8, 128, dtype=np.float32))
+    assert exact_if(Q4_0.layout, G64, packed.shape) == "the 64 columns that share a scale there do so here"
+    with pytest.raises(LayoutError, match=r"^q4_0 to g64: scale \[0, 1\] is .*, that of weights before it"):
+        packed.repack(G64)
+    parts = packed.unpack()
+    parts["scale"][:, 1::2] = parts["scale"][:, ::2]
+    equal = PackedTensor(Q4_0.layout, packed.shape, pack(Q4_0.layout, packed.matrix, parts))
+    assert same(equal.repack(G64).decode(), equal.decode())
+    assert same(equal.repack(G64).repack(Q4_0.layout).components["blocks"], equal.components["blocks"])
 
 
 def test_dense_is_what_a_layout_is_and_not_what_it_is_called() -> None:

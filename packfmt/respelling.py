@@ -1,0 +1,275 @@
+"""The same numbers in a layout whose codes spell them otherwise: exact, or refused.
+
+`placement.repack` moves bits between layouts that have the same parts. Here codes become steps and steps
+become codes (`grids.Spelling`), and scales are copied to those that are shared differently or have another
+dtype. Nothing is rounded: what does not fit is an error that names the step, quad or scale.
+
+What can be known from two layouts is `why_not` and `condition`; the rest only the numbers can tell.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from packfmt.errors import LayoutError
+from packfmt.grids import F32, SPELLINGS, Floats, Steps, contiguous_quads, scales
+from packfmt.layout import Layout, dtype_of
+from packfmt.placement import Array, Arrays, pack, unpack
+
+Shape = tuple[int, int]
+FLOATS = ("<f2", "<f4", "bfloat16")  # dtypes of scales, all exact in float32
+MANTISSA = {"<f2": 11, "bfloat16": 8, "<f4": 24}
+
+
+class View(NamedTuple):
+    """What a layout's steps and scales look like for one shape."""
+
+    steps: frozenset[float]  # what a step can be
+    planes: int
+    dtype: str  # of scales
+    share: tuple[int, int]  # rows and columns of the weight that share a scale
+    ratio: int  # of a plane's scale to the next one's; 0: each has its own
+    divides: bool
+    quads: int  # how many columns apart the weights of a quad lie, in the order of the weight; 0: no quads
+    perm: bool
+
+
+def view(layout: Layout, shape: Shape) -> View | str:
+    """The layout's steps and scales, or why its numbers are no steps times scales."""
+    parts = layout.fit(*shape).parts
+    if layout.grid.name not in SPELLINGS:
+        return f"the numbers of {layout.name} are no steps times scales, but {layout.grid.name!r}"
+    if other := sorted(parts.keys() - {"codes", "scale", "perm"}) or sorted({"codes", "scale"} - parts.keys()):
+        return f"{layout.name} has other parts: {', '.join(parts)}"
+    codes, scale, params = parts["codes"], parts["scale"], dict(layout.grid.params)
+    if scale.dtype not in FLOATS:
+        return f"the scales of {layout.name} are {dtype_of(scale.dtype).name}"
+    ratio = params.pop("ratio", 0)
+    lowest = -(1 << codes.bits - 1) if codes.dtype.startswith(("i", "<i")) else 0
+    steps = frozenset(SPELLINGS[layout.grid.name].steps(lowest, codes.levels or 1 << codes.bits, **params))
+    if any(s != int(s) for s in steps):
+        return f"the steps of {layout.name} are no whole numbers"
+    share = {"rows": max(1, shape[0]), "cols": max(1, shape[1])}
+    planes = params.get("count", 1)
+    for axis, each in zip(layout.axes, scale.share, strict=True):
+        if axis.of:
+            share[axis.of] = min(share[axis.of], max(1, each * axis.per))
+        elif axis.name == "plane":
+            planes = axis.size
+    perm, divides = "perm" in parts, layout.grid.name == "quotient"
+    apart = 1 if perm else params.get("stride", 0)
+    return View(steps, planes, scale.dtype, (share["rows"], share["cols"]), ratio, divides, apart, perm)
+
+
+def why_not(source: Layout, target: Layout, shape: Shape) -> str:
+    """Why the numbers of one layout could never be those of the other; empty if they could."""
+    a, b = view(source, shape), view(target, shape)
+    if isinstance(a, str) or isinstance(b, str):
+        return a if isinstance(a, str) else str(b)
+    if a.planes > b.planes:
+        return f"{source.name} has {a.planes} planes, {target.name} {b.planes}"
+    if len(a.steps & b.steps) <= len(a.steps) // 2:
+        return f"{target.name} has no code for {_some(a.steps - b.steps)} times a scale"
+    return ""
+
+
+def _some(steps: frozenset[float]) -> str:
+    return ", ".join(f"{s:g}" for s in sorted(steps)[:4]) + (" ..." if len(steps) > 4 else "")
+
+
+def condition(source: Layout, target: Layout, shape: Shape) -> str:
+    """What must be true of the numbers for an exact conversion, in words; empty if nothing."""
+    a, b = view(source, shape), view(target, shape)
+    assert isinstance(a, View) and isinstance(b, View)
+    needs = [f"no weight is {_some(a.steps - b.steps)} times its scale"] if a.steps - b.steps else []
+    if b.quads and a.quads != b.quads:
+        needs.append("every quad has exactly one zero")
+    if a.dtype != b.dtype and (b.dtype == "bfloat16" or MANTISSA[a.dtype] > MANTISSA[b.dtype] or b.dtype == "<f2"):
+        needs.append(f"every scale is a {dtype_of(b.dtype).name}")
+    chunk = 4 * target.grid["stride"] if b.perm else 1  # columns change places within it
+    if any(mine % theirs for mine, theirs in zip(a.share, b.share, strict=True)) or a.share[1] % chunk:
+        needs.append(f"the {_group(b.share)} that share a scale there do so here")
+    if a.divides != b.divides:
+        needs.append("every scale is a power of two, as one divides and one multiplies")
+    if b.ratio and a.ratio != b.ratio:
+        needs.append(f"each plane's scale is {b.ratio} times the next one's")
+    return " and ".join(needs)
+
+
+def respell(source: Layout, target: Layout, shape: Shape, components: Arrays) -> dict[str, Array]:
+    """Components of one layout -> components of another that decode to the same numbers.
+
+    Where the weights of a scale are all zero, the scale may become another; it stays what it is where the
+    target keeps one for the same weights. A zero may lose its sign.
+
+    Raises
+    ------
+    LayoutError
+        If the layouts can have no number in common (`why_not`), or a number of this tensor does not fit.
+    """
+    if reason := why_not(source, target, shape):
+        raise LayoutError(f"{source.name} to {target.name}: {reason}")
+    a, b = view(source, shape), view(target, shape)
+    assert isinstance(a, View) and isinstance(b, View)
+    try:
+        parts = unpack(source, shape, components)
+        if not shape[0] or not shape[1]:
+            return {c.name: np.zeros(c.shape, dtype_of(c.dtype)) for c in target.fit(*shape).components}
+        steps, scale = _read(source, a, parts, b.divides)
+        perm = parts["perm"].reshape(-1) if a.perm else None
+        moved = _reorder(steps, scale, a, target, b, perm)
+        return pack(target, shape, _write(target, b, shape, *moved, keep=parts.get("perm")))
+    except _Misfit as error:
+        raise LayoutError(f"{source.name} to {target.name}: {error}") from None
+
+
+class _Misfit(Exception):
+    """A number that the target cannot hold; the message says which."""
+
+
+def _read(source: Layout, a: View, parts: Arrays, divides: bool) -> tuple[Steps, Floats]:
+    """(rows, planes, cols) steps, and (rows, planes, cols / share) scales that multiply them, or divide if told."""
+    spelling, params = SPELLINGS[source.grid.name], dict(source.grid.params)
+    params.pop("ratio", 0)
+    steps = spelling.read(parts["codes"], **params)
+    scale = scales(parts["scale"], a.planes, spelling, a.ratio)
+    if a.divides != divides:
+        scale = _inverse(scale)
+    return steps, scale
+
+
+def _inverse(scale: Floats) -> Floats:
+    with np.errstate(all="ignore"):
+        odd = (np.frexp(np.abs(scale))[0] != 0.5) | ~np.isfinite(F32(1) / scale)
+    if odd.any():
+        at = _first(odd)
+        raise _Misfit(
+            f"scale {[at[0], at[2]]} is {scale[at]:.9g}, no power of two, and one divides by it where the other multiplies"
+        )
+    return (F32(1) / scale).astype(F32)
+
+
+def _first(mask: Array) -> tuple[int, ...]:
+    """Where the first true element is."""
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(mask)), mask.shape))
+
+
+def _reorder(
+    steps: Steps, scale: Floats, a: View, target: Layout, b: View, perm: Array | None
+) -> tuple[Steps, Floats, tuple[int, int]]:
+    """Columns in the order that the target stores, and what shares a scale then."""
+    if a.perm == b.perm:
+        return steps, scale, a.share
+    spread = np.repeat(scale, a.share[1], 2)[:, :, : steps.shape[2]]
+    if perm is not None:
+        order = np.argsort(perm)
+    else:
+        order = contiguous_quads(steps.shape[2], target.grid["stride"])
+    return steps[:, :, order], spread[:, :, order], (a.share[0], 1)
+
+
+def _write(
+    target: Layout, b: View, shape: Shape, steps: Steps, scale: Floats, share: tuple[int, int], keep: Array | None
+) -> dict[str, Array]:
+    """The target's parts."""
+    fitted, spelling, params = target.fit(*shape).parts, SPELLINGS[target.grid.name], dict(target.grid.params)
+    params.pop("ratio", 0)
+    missing = b.planes - steps.shape[1]
+    steps, scale = (np.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (steps, scale))
+    values, counts = np.unique(steps, return_counts=True)
+    for value, count in zip(values, counts, strict=True):
+        if value not in b.steps:
+            raise _Misfit(f"{count} of {steps.size} weights are {value} times their scale, for which there is no code")
+    cells = _Cells(steps, scale, share, b.share)
+    wanted = cells.regrouped(clear=b.quads)
+    if b.ratio:
+        wanted = _untied(wanted, cells, b)
+    stored = _cast(wanted, b.dtype, cells.used_there if wanted.shape[1] > 1 or b.planes == 1 else None)
+    codes, bad = spelling.write(steps.astype(np.int16), **params)
+    if bad is not None:
+        first = np.arange(bad.shape[1]) // params["stride"] * 4 * params["stride"]
+        bad &= cells.used_there[:, 0][np.arange(shape[0])[:, None] // b.share[0], first // b.share[1]]
+        if bad.any():
+            raise _Misfit(f"{bad.sum()} of {bad.size} quads have not exactly one zero, the first at {list(_first(bad))}")
+    part = fitted["codes"]
+    out = {"codes": codes.astype(dtype_of(part.dtype)).reshape(part.shape)}
+    out["scale"] = stored.reshape(fitted["scale"].shape)
+    if b.perm:
+        perm = contiguous_quads(shape[1], params["stride"]) if keep is None else keep
+        out["perm"] = perm.astype(dtype_of(fitted["perm"].dtype)).reshape(fitted["perm"].shape)
+    return out
+
+
+class _Cells:
+    """The weights cut wherever a scale ends, here or in the target: (rows, planes, cols) of cells."""
+
+    def __init__(self, steps: Steps, scale: Floats, here: tuple[int, int], there: tuple[int, int]) -> None:
+        self.here, self.there, self.scale = here, there, scale
+        rows, _, cols = steps.shape
+        self.rows, self.cols = (
+            np.union1d(np.arange(0, n, a), np.arange(0, n, b))
+            for n, a, b in zip((rows, cols), here, there, strict=True)
+        )
+        some = np.logical_or.reduceat(np.logical_or.reduceat(steps != 0, self.cols, 2), self.rows, 0)
+        self.scales = scale[self.rows // here[0]][:, :, self.cols // here[1]]
+        self.used = some & (self.scales != 0)
+        self.place = np.ix_(self.rows // there[0], np.arange(steps.shape[1]), self.cols // there[1])
+        self.shape = (-(-rows // there[0]), steps.shape[1], -(-cols // there[1]))
+        self.used_there = np.zeros(self.shape, bool)
+        np.logical_or.at(self.used_there, self.place, self.used)
+
+    def regrouped(self, clear: bool) -> Floats:
+        """The target's scales: those of the first weights that are not zero; `clear` makes others 0."""
+        out = np.zeros(self.shape, F32)
+        if not clear or self.here == self.there:
+            out[self.place] = self.scales
+        if clear:
+            out[~self.used_there] = 0
+        # from the last to the first, for of several that are assigned to one place the last stays
+        used = self.used[::-1, :, ::-1]
+        place = (p[::-1, :, ::-1][used] for p in np.broadcast_arrays(*self.place))
+        out[tuple(place)] = self.scales[::-1, :, ::-1][used]
+        apart = self.used & (out[self.place] != self.scales)
+        if apart.any():
+            at = _first(apart)
+            mine = [int(self.rows[at[0]] // self.here[0]), int(self.cols[at[2]] // self.here[1])]
+            other = float(out[self.place][at])
+            raise _Misfit(
+                f"scale {mine} is {float(self.scales[at]):.9g}, that of weights before it {other:.9g}, "
+                f"and {_group(self.there)} share one there"
+            )
+        return out
+
+
+def _untied(wanted: Floats, cells: _Cells, b: View) -> Floats:
+    """One scale for all planes, from the first plane that has weights."""
+    count = wanted.shape[1]
+    weights = F32(b.ratio) ** np.arange(count - 1, -1, -1).astype(F32)
+    first = np.argmax(cells.used_there, 1)[:, None]
+    base: Floats = np.take_along_axis(wanted, first, 1) / weights[first]
+    apart = cells.used_there & (base * weights[None, :, None] != wanted)
+    if apart.any():
+        row, _, group = _first(apart)
+        found = ", ".join(f"{s:.9g}" for s in wanted[row, :, group])
+        raise _Misfit(f"the planes' scales {[row, group]} are {found}, not each {b.ratio} times the next")
+    return base
+
+
+def _cast(scale: Floats, dtype: str, used: Array | None) -> Array:
+    with np.errstate(over="ignore"):
+        out: Array = scale.astype(dtype_of(dtype))
+    lost = out.astype(F32) != scale
+    lost &= ~np.isnan(scale)
+    if used is not None:
+        lost &= used
+    if lost.any():
+        at = _first(lost)
+        raise _Misfit(f"scale {[at[0], at[2]]} is {scale[at]:.9g}, which is no {dtype_of(dtype).name}")
+    return out
+
+
+def _group(share: tuple[int, int]) -> str:
+    rows, cols = share
+    return f"{cols} columns" if rows == 1 else f"{rows} rows and {cols} columns"
