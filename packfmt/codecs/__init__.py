@@ -1,13 +1,17 @@
-"""The shelf of formats: a format is a module here, or an entry point of another package.
+"""The shelf of formats: a module here, or an entry point of another package.
 
-A module `codecs/<name>.py` holds `CODEC`, whose layout bears the module's name. An installed
-package adds formats of its own with entry points of the group "packfmt.codecs" (name = module).
-Nothing is imported before it is asked for.
+A module `codecs/<name>.py` holds `CODEC`, whose layout bears the module's name; or it is a family and holds
+`CODECS`, by name, of the names that `FAMILIES` says. An installed package adds formats of its own with
+entry points of the group "packfmt.codecs" (name = module). Nothing is imported before it is asked for.
+
+Some formats have numbers in their names, for their bytes depend on them (`PATTERNS`): mote_8 is for eight
+experts. Their modules make a codec of a name: `codec(name)`.
 """
 
 from __future__ import annotations
 
 import pkgutil
+import re
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -17,10 +21,26 @@ from packfmt.codec import Codec
 from packfmt.errors import PlanError
 
 
+SHERRY = ("sherry", "sherry_s16", "sherry_s16_perm", "sherry_g128", "sherry_row", "sherry_t32", "sherry_t32_s16")
+TRIT_PLANES = (
+    *(f"ptqtp{n}{how}" for n in (1, 2, 3, 4) for how in ("", "_b3")),
+    *(f"ptqtp{n}{how}_tied" for n in (2, 3, 4) for how in ("", "_b3")),
+    *("ptqtp2_n4", "ptqtp2_n4_tied"),
+)
+FAMILIES = {  # module -> the formats that it holds
+    "bitnet": ("bitnet", "bitnet_divide"),
+    "i2_s": ("i2_s", "i2_s_arm"),
+    "sherry": SHERRY,
+    "trit_planes": TRIT_PLANES,
+}
+PATTERNS: dict[str, tuple[str, str]] = {}  # module -> names that it makes formats of: expression, and how people write it
+
+
 @cache
 def _modules() -> dict[str, str]:
     """Format name -> module that holds it."""
-    ours = {m.name: f"{__name__}.{m.name}" for m in pkgutil.iter_modules(__path__)}
+    modules = [m.name for m in pkgutil.iter_modules(__path__)]
+    ours = {name: f"{__name__}.{m}" for m in modules if m not in PATTERNS for name in FAMILIES.get(m, (m,))}
     theirs = {e.name: e.value for e in entry_points(group="packfmt.codecs")}
     if both := sorted(ours.keys() & theirs.keys()):
         raise PlanError(f"an installed package claims the format {both[0]!r}, which packfmt has; a name is for life")
@@ -41,9 +61,24 @@ def get(name: str) -> Codec:
     PlanError
         If there is none; the nearest names are given.
     """
+    for module, (pattern, _) in PATTERNS.items():
+        if re.fullmatch(pattern, name):
+            made: Codec = import_module(f"{__name__}.{module}").codec(name)
+            return made
     if name not in _modules():
         near = get_close_matches(name, names(), 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
         raise PlanError(f"no format is called {name!r}; {hint}")
-    codec: Codec = import_module(_modules()[name]).CODEC
+    module = import_module(_modules()[name])
+    codec: Codec = module.CODECS[name] if hasattr(module, "CODECS") else module.CODEC
     return codec
+
+
+def known(name: str) -> bool:
+    """Whether there is a format of this name, listed or made of its numbers."""
+    return name in _modules() or any(re.fullmatch(pattern, name) for pattern, _ in PATTERNS.values())
+
+
+def family(name: str) -> str:
+    """The module that holds a format, without its package: its page in spec/formats is called so."""
+    return _modules()[name].rpartition(".")[2]

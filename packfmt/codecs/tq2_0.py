@@ -7,8 +7,11 @@ Bytes, rounding and worked example: spec/formats/tq2_0.md
 
 from __future__ import annotations
 
+from functools import partial
+
 from packfmt.codec import Codec
-from packfmt.kernels import quantize
+from packfmt.kernels import blocks as fast
+from packfmt.kernels import quantize, ternary
 from packfmt.layout import Codes, Values, blocks, cols, grid
 
 BLOCK = 256
@@ -32,4 +35,6 @@ LAYOUT = blocks(
     also=(("gguf", "TQ2_0"),),
 )
 
-CODEC = Codec(LAYOUT, {"ggml": quantize.tq2_0})
+CODEC = Codec(
+    LAYOUT, {"best": partial(ternary.ternary, group=BLOCK), "ggml": quantize.tq2_0}, fast={"ggml": fast.tq2_0}
+)
