@@ -15,7 +15,7 @@ import numpy as np
 
 from packfmt import checkpoint, codecs, exporters, verify
 from packfmt.checkpoint import Checkpoint
-from packfmt.codec import PackedTensor, dense_dtype, dense_values
+from packfmt.codec import Array, PackedTensor, dense_dtype, dense_values
 from packfmt.errors import ContainerError, LayoutError, MachineError, PlanError
 from packfmt.layout import DENSE
 from packfmt.plan import DENSE_AGAIN, MAX_SHARD, RESTORED, Plan, Recipe, Step, from_json, make_plan
@@ -34,6 +34,7 @@ class Report:
     source_bytes: int
     bytes: int  # of all files written
     seconds: float
+    remarks: tuple[str, ...] = ()  # what encoders did that a user should know, each with its tensor
 
 
 def convert(
@@ -48,6 +49,10 @@ def convert(
     max_shard: int = MAX_SHARD,
     check: bool = False,
     force: bool = False,
+    lossless: bool = False,
+    importance: Mapping[str, Array] | None = None,
+    read_as: Mapping[str, str] | None = None,
+    base: str | Path = "",
 ) -> Report:
     """Convert a model: the whole job of `packfmt convert`, in one call.
 
@@ -63,6 +68,10 @@ def convert(
     max_shard : bytes of tensors a file of a safetensors folder
     check : read everything back and check the laws before the target gets its name
     force : replace a target that exists
+    lossless : look at the weights first, and refuse whatever would change a number
+    importance : for weights by name, what an error in each column costs: (cols,), not negative
+    read_as : GGUF type -> layout, where a file does not say which layout it holds
+    base : a dense model to tell such layouts by
 
     Raises
     ------
@@ -71,21 +80,43 @@ def convert(
     ContainerError, LayoutError, MachineError
         If the source cannot be read, a weight cannot be encoded, or the disk is full.
     """
-    recipe = Recipe(to, tuple((overrides or {}).items()), fallback, encoder, max_shard)
+    recipe = Recipe(to, tuple((overrides or {}).items()), fallback, encoder, max_shard, lossless)
     target = Path(target)
-    with checkpoint.open(source) as model:
+    with checkpoint.open(source, read_as=read_as, base=base) as model:
         plan = plan_for(model, target, recipe, container)
-        return run(plan, model, target, check=check, force=force)
+        return run(plan, model, target, check=check, force=force, importance=importance)
 
 
 def plan_for(model: Checkpoint, target: Path, recipe: Recipe, container: str = "") -> Plan:
     """The plan of a conversion of an open model (`plan.make_plan`)."""
     quantised = (model.extras.config or {}).get("quantization_config") or {}
     method = quantised.get("quant_method", "packfmt") if isinstance(quantised, dict) else quantised
-    if method != "packfmt":
+    if method not in ("packfmt", "bitnet"):
         raise PlanError(f"{model.path}: quantised already, as {method!r}, which packfmt does not read yet; "
                         "convert the model it was made from")  # fmt: skip
-    return make_plan(str(model.path), model.index, recipe, target_container(target, container), codecs.get)
+    plan = make_plan(str(model.path), model.index, recipe, target_container(target, container), codecs.get)
+    if recipe.lossless:
+        _survey(plan, model)
+    return plan
+
+
+def _survey(plan: Plan, model: Checkpoint) -> None:
+    """Carry out every step that must lose nothing, and throw the result away.
+
+    Raises
+    ------
+    PlanError
+        With a line for each tensor that would lose something.
+    """
+    lines = []
+    for step in plan.steps:
+        if step.lossless or step.action == "repack":
+            try:
+                apply(step, model[step.name])
+            except LayoutError as error:
+                lines.append(f"{step.name}: {error}")
+    if lines:
+        raise PlanError("\n".join(["--lossless: refused", *lines]))
 
 
 def saved_plan(path: Path, model: Checkpoint, target: Path, container: str = "") -> Plan:
@@ -114,8 +145,11 @@ def run(
     check: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    importance: Mapping[str, Array] | None = None,
 ) -> Report:
     """Carry out a plan. `target` appears under its name only when whole, and checked if `check`.
+
+    importance : for weights by name, what an error in each column costs (`Codec.encode`).
 
     Raises
     ------
@@ -129,8 +163,9 @@ def run(
     extras = model.extras
     container = exporters.get(plan.container)
     checker = (lambda path: verify.check_output(path, container.NAME)) if check else None
+    remarks: list[str] = []
     try:
-        container.write(target, plan, _results(plan, model, progress), extras, checker)
+        container.write(target, plan, _results(plan, model, progress, importance or {}, remarks), extras, checker)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(f"{target}: the disk is full; nothing was left under this name") from error
@@ -138,22 +173,28 @@ def run(
     written = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
     size = sum(f.stat().st_size for f in written)
     source = sum(i.nbytes for i in model.index.values())
-    return Report(plan, target, source, size, time.perf_counter() - begin)
+    return Report(plan, target, source, size, time.perf_counter() - begin, tuple(remarks))
 
 
-def _results(plan: Plan, model: Checkpoint, progress: Progress | None) -> Iterator[PackedTensor]:
+def _results(
+    plan: Plan, model: Checkpoint, progress: Progress | None, importance: Mapping[str, Array], remarks: list[str]
+) -> Iterator[PackedTensor]:
     for step in plan.steps:
         try:
-            result = apply(step, model[step.name])
+            tensor = model[step.name]
+            result = apply(step, tensor, importance.get(step.name))
         except LayoutError as error:
-            raise LayoutError(f"{step.name}: {error}") from error
+            hint = "; --encoder NAME would round it" if step.action == "repack" else ""
+            raise LayoutError(f"{step.name}: {error}{hint}") from error
+        if text := _remark(step, tensor):
+            remarks.append(f"{step.name}: {text}")
         yield result
         del result
         if progress:
             progress(step.name)
 
 
-def apply(step: Step, tensor: PackedTensor) -> PackedTensor:
+def apply(step: Step, tensor: PackedTensor, importance: Array | None = None) -> PackedTensor:
     """One step on one tensor."""
     if tensor.layout != step.before or tensor.shape != step.shape:
         raise ContainerError(f"{step.name}: is {tensor.layout.name} {tensor.shape}, planned from {step.before.name}")
@@ -161,12 +202,27 @@ def apply(step: Step, tensor: PackedTensor) -> PackedTensor:
         return tensor
     if step.action == "repack":
         return tensor.repack(step.layout)
-    weight = dense_values(tensor) if dense_dtype(tensor.layout) else tensor.decode()
+    weight = _weight(tensor)
     if step.layout.name == "f64":
         values = weight.astype(np.float64).reshape(DENSE["f64"].shapes(*tensor.matrix)["values"])
         return PackedTensor(step.layout, tensor.shape, {"values": values}, step.dtype)
-    packed = codecs.get(step.layout.name).encode(weight, step.encoder)
+    codec = codecs.get(step.layout.name)
+    if step.encoder not in codec.weighted:
+        importance = None
+    packed = codec.encode(weight, step.encoder, importance=importance, lossless=step.lossless)
     return replace(packed, dtype=step.dtype)
+
+
+def _weight(tensor: PackedTensor) -> Array:
+    return dense_values(tensor) if dense_dtype(tensor.layout) else tensor.decode()
+
+
+def _remark(step: Step, tensor: PackedTensor) -> str:
+    """What the encoder of a step did that a user should know."""
+    if step.action not in ("quantise", "requantise"):
+        return ""
+    remark = codecs.get(step.layout.name).remark
+    return remark(np.ascontiguousarray(_weight(tensor), np.float32).reshape(tensor.matrix)) if remark else ""
 
 
 def decode_plan(model: Checkpoint, target: Path, dtype: str = "") -> Plan:

@@ -94,7 +94,7 @@ def _structure(model: Checkpoint) -> Iterator[Finding]:
     from packfmt import codecs
 
     for layout in dict.fromkeys(i.layout for i in model.index.values() if i.layout is not None):
-        ours = DENSE.get(layout.name) or (codecs.get(layout.name).layout if layout.name in codecs.names() else None)
+        ours = DENSE.get(layout.name) or (codecs.get(layout.name).layout if codecs.known(layout.name) else None)
         if ours is not None and ours.id != layout.id:
             message = f"layout {layout.name!r} has id {layout.id[:16]}, the installed one {ours.id[:16]}"
             yield Finding("PF113", str(model.path), message)

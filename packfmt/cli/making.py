@@ -13,12 +13,32 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from packfmt.cli import FOUND, GOOD
-from packfmt.cli.options import Encoder, Export, Fallback, Force, Json, Maps, Saved, Shard, Source, Target, To, app
+from packfmt.cli.options import (
+    Base,
+    Encoder,
+    Export,
+    Fallback,
+    Force,
+    Json,
+    Lossless,
+    Maps,
+    ReadAs,
+    Saved,
+    Shard,
+    Source,
+    Target,
+    To,
+    app,
+    read_as_of,
+)
 
 if TYPE_CHECKING:
     from packfmt.checkpoint import Checkpoint
+    from packfmt.codec import Array
     from packfmt.demo import Row
     from packfmt.plan import Plan, Recipe
+
+MOST_REMARKS = 8  # printed
 
 
 @app.command()
@@ -37,6 +57,13 @@ def convert(
         bool, typer.Option("--verify", help="read everything back and check it before DST gets its name")
     ] = False,
     force: Force = False,
+    lossless: Lossless = False,
+    importance: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="a safetensors file: for weights by name, what an error in each column costs"),
+    ] = None,
+    read_as: ReadAs = None,
+    base: Base = None,
     json: Json = False,
 ) -> int:
     """Convert a model. Packs its weights and carries everything else over; DST appears only when whole."""
@@ -44,21 +71,28 @@ def convert(
     from packfmt import conversion as work
     from packfmt.cli import show
 
-    with checkpoint.open(source) as model:
-        plan = _plan(model, target, _recipe(to, maps, fallback, encoder, max_shard_size, saved), export, saved)
+    with checkpoint.open(source, read_as=read_as_of(read_as), base=base or "") as model:
+        recipe = _recipe(to, maps, fallback, encoder, max_shard_size, saved, lossless)
+        plan = _plan(model, target, recipe, export, saved)
         if dry_run:
             return _show_plan(plan, json)
+        costs = _importance(importance, model) if importance else {}
         with show.progress(model, quiet=json) as done:
-            report = work.run(plan, model, target, check=verify, force=force, progress=done)
+            report = work.run(plan, model, target, check=verify, force=force, progress=done, importance=costs)
         behind = list(model.extras.files) if target.is_file() else []
     if behind:
         some = ", ".join([*behind[:3], *([f"and {len(behind) - 3} more"] if len(behind) > 3 else [])])
         print(f"not taken along, for {target.name} is one file: {some}", file=sys.stderr)
     if json:
         sizes = {"source_bytes": report.source_bytes, "bytes": report.bytes, "seconds": round(report.seconds, 3)}
-        show.as_json({"path": str(report.path), **sizes, "verified": verify, "plan": plan.to_json()})
+        more = {"verified": verify, "remarks": report.remarks, "plan": plan.to_json()}
+        show.as_json({"path": str(report.path), **sizes, **more})
     else:
         _show_summary(plan)
+        for remark in report.remarks[:MOST_REMARKS]:
+            print(remark)
+        if more := report.remarks[MOST_REMARKS:]:
+            print(f"and {len(more)} such remarks more; --json has them all")
         checked = ", verified" if verify else ""
         size = f"{show.size(report.bytes)}, {_ratio(report.source_bytes, report.bytes)}"
         print(f"{target}: {size}, {report.seconds:.1f} s{checked}")
@@ -74,13 +108,16 @@ def plan(
     encoder: Encoder = "",
     export: Export = "safetensors",
     max_shard_size: Shard = "5GB",
+    lossless: Lossless = False,
+    read_as: ReadAs = None,
+    base: Base = None,
     json: Json = False,
 ) -> int:
     """Show what a conversion would do. Every tensor, what becomes of it, bytes, and why; no weight is read."""
     from packfmt import checkpoint
 
-    with checkpoint.open(source) as model:
-        recipe = _recipe(to, maps, fallback, encoder, max_shard_size, None)
+    with checkpoint.open(source, read_as=read_as_of(read_as), base=base or "") as model:
+        recipe = _recipe(to, maps, fallback, encoder, max_shard_size, None, lossless)
         return _show_plan(_plan(model, Path("out"), recipe, export, None), json)
 
 
@@ -92,13 +129,15 @@ def decode(
         str, typer.Option(metavar="DTYPE", help="f32, f16 or bf16; default: what each weight was before")
     ] = "",
     force: Force = False,
+    read_as: ReadAs = None,
+    base: Base = None,
 ) -> int:
     """Turn a packed model back into a dense one."""
     from packfmt import checkpoint
     from packfmt import conversion as work
     from packfmt.cli import show
 
-    with checkpoint.open(source) as model:
+    with checkpoint.open(source, read_as=read_as_of(read_as), base=base or "") as model:
         plan = work.decode_plan(model, target, dtype)
         with show.progress(model) as done:
             report = work.run(plan, model, target, force=force, progress=done)
@@ -152,7 +191,24 @@ def _demo_line(row: Row) -> tuple[str, ...]:
     return (row.layout, bits, *size, f"{row.error:.3g}", *cosines, f"{row.seconds:.2f}", row.note)
 
 
-def _recipe(to: str, maps: list[str] | None, fallback: str, encoder: str, shard: str, saved: Path | None) -> Recipe:
+def _importance(path: Path, model: Checkpoint) -> dict[str, Array]:
+    """Costs by weight, from a file of tensors that bear the weights' names."""
+    from packfmt import checkpoint
+    from packfmt.errors import PlanError
+    from packfmt.verify import values
+
+    with checkpoint.open(path) as costs:
+        for name, info in costs.index.items():
+            if name not in model.index:
+                raise PlanError(f"{path}: {name} is no weight of {model.path}")
+            if info.shape not in (model.index[name].shape, model.index[name].shape[-1:]):
+                raise PlanError(f"{path}: {name} is {list(info.shape)}, the weight {list(model.index[name].shape)}")
+        return {name: values(costs[name]) for name in costs}
+
+
+def _recipe(
+    to: str, maps: list[str] | None, fallback: str, encoder: str, shard: str, saved: Path | None, lossless: bool
+) -> Recipe:
     from packfmt.plan import Recipe
 
     if bool(to) == bool(saved):
@@ -163,7 +219,7 @@ def _recipe(to: str, maps: list[str] | None, fallback: str, encoder: str, shard:
         if not (pattern and equals and layout):
             raise typer.BadParameter(f"{rule!r} is not REGEX=LAYOUT", param_hint="--map")
         rules.append((pattern, layout))
-    return Recipe(to, tuple(rules), fallback, encoder, _bytes(shard))
+    return Recipe(to, tuple(rules), fallback, encoder, _bytes(shard), lossless)
 
 
 def _bytes(text: str) -> int:

@@ -45,6 +45,29 @@ Force = Annotated[bool, typer.Option("--force", help="replace DST if it exists")
 Saved = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", help="replay a plan saved by packfmt plan --json")
 ]
+ReadAs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--read-as", metavar="TYPE=LAYOUT", help="what a GGUF's type holds, where the file does not say: STQ1_0=sherry_s16"
+    ),
+]
+Base = Annotated[
+    Path | None, typer.Option(metavar="SRC", help="the dense model it was made from, to tell such types by")
+]
+Lossless = Annotated[
+    bool, typer.Option("--lossless", help="look at the weights first; refuse whatever would change a number")
+]
+
+
+def read_as_of(pairs: list[str] | None) -> dict[str, str]:
+    """TYPE=LAYOUT options as a record."""
+    out = {}
+    for pair in pairs or []:
+        kind, equals, layout = pair.partition("=")
+        if not (kind and equals and layout):
+            raise typer.BadParameter(f"{pair!r} is not TYPE=LAYOUT", param_hint="--read-as")
+        out[kind] = layout
+    return out
 
 
 def _version(wanted: bool) -> None:
