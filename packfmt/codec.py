@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import grids, placement, respelling
+from packfmt import fused, placement, respelling
 from packfmt.errors import LayoutError
 from packfmt.layout import DENSE, Layout, dtype_of
 
@@ -78,7 +78,7 @@ class PackedTensor:
 
     def decode(self) -> npt.NDArray[np.float32]:
         """The weight as float32, in its logical shape, by the formula of the layout's grid."""
-        return grids.decode(self.layout, self.matrix, self.components).reshape(self.shape)
+        return fused.decode(self.layout, self.matrix, self.components).reshape(self.shape)
 
     def repack(self, layout: Layout) -> PackedTensor:
         """The same numbers in another layout: bits move, or codes are spelled anew; nothing is rounded.

@@ -116,6 +116,43 @@ def plane_base3(parts: Arrays, *, block: int, runs: tuple[tuple[int, int], ...],
     return _sum(parts, PLANE_BASE3, {"block": block, "runs": runs, "first": first}, ratio)
 
 
+def pairs(parts: Arrays) -> Floats:
+    """w = (digit - 1) * scale: a code is 3 * digit + digit of two neighbours, digits of base 3.
+
+    `codes` (rows, cols / 2); from 9 on they are two zeros. The scale converted to float32, one float32 product.
+    """
+    return _sum(parts, PAIRS, {})
+
+
+def tl2(parts: Arrays, *, rows: int, cols: int, bm: int, bk: int) -> Floats:
+    """w = step * scale: triples and pairs of steps in the tiles of bitnet.cpp (`kernels.tl2.read`).
+
+    `codes` (n, m, bytes) of n * m matrices of (rows, cols), side by side and one below another, `scale` (n, m).
+    The scale converted to float32, one float32 product.
+    """
+    return _sum(parts, TL2, {"rows": rows, "cols": cols, "bm": bm, "bk": bk})
+
+
+def ptq161(parts: Arrays) -> Floats:
+    """Columns of the mask w = (code - salient_zero) * salient_scale; others w = (mean +- scale) * factor.
+
+    `mask` (cols,) 0 or 1. The columns that it names, from the left, take the places of `codes` (rows, cols / 64, 13),
+    the others those of `signs` (rows, cols / 64, 51) and `factor` (cols / 64, 51); sign 1 is plus. The rest is one
+    number a row. Differences, sums and products round to float32 one by one.
+    """
+    few = parts["mask"].reshape(-1) == 1
+    row = {name: parts[name].astype(F32).reshape(-1, 1) for name in ("salient_zero", "salient_scale", "scale", "mean")}
+    codes, signs = (parts[name].reshape(row["scale"].size, -1) for name in ("codes", "signs"))
+    if codes.shape[1] != (count := int(few.sum())):
+        raise LayoutError(f"mask names {count} of {few.size} columns, needs {codes.shape[1]}")
+    out = np.empty((len(codes), few.size), F32)
+    with np.errstate(all="ignore"):
+        out[:, few] = (codes.astype(F32) - row["salient_zero"]) * row["salient_scale"]
+        two = np.where(signs == 1, row["mean"] + row["scale"], row["mean"] - row["scale"])
+        out[:, ~few] = two * parts["factor"].astype(F32).reshape(1, -1)
+    return out
+
+
 GRIDS: dict[str, Callable[..., Floats]] = {
     "plain": plain,
     "affine": affine,
@@ -128,6 +165,9 @@ GRIDS: dict[str, Callable[..., Floats]] = {
     "planes": planes,
     "plane_digits": plane_digits,
     "plane_base3": plane_base3,
+    "pairs": pairs,
+    "tl2": tl2,
+    "ptq161": ptq161,
 }
 
 
@@ -309,15 +349,49 @@ def _write_plane_base3(steps: Steps, **params: Any) -> tuple[Array, None]:
     return codes.reshape(rows, count, *codes.shape[1:]), None
 
 
-def _whole_steps(low: int, count: int, *, zero: int) -> tuple[float, ...]:
+def _read_pairs(codes: Array) -> Steps:
+    from packfmt.kernels.tl2 import PAIRS as steps
+
+    if codes.size and int(codes.max()) >= len(steps):
+        raise LayoutError(f"code {int(codes.max())}, needs below {len(steps)}")
+    return steps[codes.reshape(codes.shape[:2])].reshape(len(codes), 1, -1)
+
+
+def _write_pairs(steps: Steps) -> tuple[Array, None]:
+    return 3 * steps[:, 0, ::2] + steps[:, 0, 1::2] + 4, None
+
+
+def _read_tl2(codes: Array, *, rows: int, cols: int, bm: int, bk: int) -> Steps:
+    from packfmt.kernels import tl2
+
+    tl2.areas(rows, cols, bm, bk)
+    down, along, _ = codes.shape
+    out = np.empty((down, rows, along, cols), np.int8)
+    for i, j in np.ndindex(down, along):
+        out[i, :, j] = tl2.read(codes[i, j], rows, cols, bm, bk)
+    return out.reshape(down * rows, 1, along * cols)
+
+
+def _write_tl2(steps: Steps, *, rows: int, cols: int, bm: int, bk: int) -> tuple[Array, None]:
+    from packfmt.kernels import tl2
+
+    nbytes = sum(tl2.areas(rows, cols, bm, bk)[1:])
+    cut = steps.reshape(steps.shape[0] // rows, rows, steps.shape[2] // cols, cols)
+    out = np.empty((len(cut), cut.shape[2], nbytes), np.uint8)
+    for i, j in np.ndindex(out.shape[:2]):
+        out[i, j] = tl2.write(cut[i, :, j], bm, bk)
+    return out, None
+
+
+def _whole_steps(low: int, count: int, /, *, zero: int) -> tuple[float, ...]:
     return tuple(range(low - zero, low + count - zero))
 
 
-def _level_steps(low: int, count: int, *, values: tuple[float, ...]) -> tuple[float, ...]:
+def _level_steps(low: int, count: int, /, *, values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
-def _trits(low: int, count: int, **params: Any) -> tuple[float, ...]:
+def _trits(low: int, count: int, /, **params: Any) -> tuple[float, ...]:
     return TRITS
 
 
@@ -326,6 +400,8 @@ LEVELS = Spelling(_read_levels, _write_levels, _level_steps)
 QUADS = Spelling(_read_quads, _write_quads, _trits)
 FIVES = Spelling(_read_fives, _write_fives, _trits)
 BASE3 = Spelling(_read_base3, _write_base3, _trits)
+PAIRS = Spelling(_read_pairs, _write_pairs, _trits)
+TL2 = Spelling(_read_tl2, _write_tl2, _trits)
 PLANES = Spelling(_read_affine, _write_planes, _whole_steps, True)
 PLANE_DIGITS = Spelling(_read_plane_digits, _write_plane_digits, _trits, True)
 PLANE_BASE3 = Spelling(_read_plane_base3, _write_plane_base3, _trits, True)
@@ -339,6 +415,8 @@ SPELLINGS = {
     "planes": PLANES,
     "plane_digits": PLANE_DIGITS,
     "plane_base3": PLANE_BASE3,
+    "pairs": PAIRS,
+    "tl2": TL2,
 }
 
 
@@ -425,7 +503,7 @@ def findings(layout: Layout, parts: Arrays) -> list[str]:
             out.append(f"{bad} of {array.size} {name} are {most} or above, which no encoder writes")
         if array.dtype.kind in "fV" and name != "values" and (bad := int((~np.isfinite(array)).sum())):
             out.append(f"{bad} of {array.size} numbers of {name} are not finite")
-    if layout.grid.name in ("base3", "plane_base3") and (bad := _unused_bytes(layout.grid, parts["codes"])):
+    if layout.grid.name in ("base3", "plane_base3", "tl2") and (bad := _unused_bytes(layout.grid, parts["codes"])):
         out.append(f"{bad} of {parts['codes'].size} bytes of codes are none of those that digits of base 3 give")
     if "perm" in parts and not np.array_equal(np.sort(parts["perm"], None), np.arange(parts["perm"].size)):
         out.append(f"perm does not name each of {parts['perm'].size} columns once")

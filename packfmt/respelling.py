@@ -20,7 +20,6 @@ from packfmt.placement import Array, Arrays, pack, unpack
 
 Shape = tuple[int, int]
 FLOATS = ("<f2", "<f4", "bfloat16")  # dtypes of scales, all exact in float32
-MANTISSA = {"<f2": 11, "bfloat16": 8, "<f4": 24}
 
 
 class View(NamedTuple):
@@ -86,7 +85,7 @@ def condition(source: Layout, target: Layout, shape: Shape) -> str:
     needs = [f"no weight is {_some(a.steps - b.steps)} times its scale"] if a.steps - b.steps else []
     if b.quads and a.quads != b.quads:
         needs.append("every quad has exactly one zero")
-    if a.dtype != b.dtype and (b.dtype == "bfloat16" or MANTISSA[a.dtype] > MANTISSA[b.dtype] or b.dtype == "<f2"):
+    if (a.dtype != b.dtype and b.dtype != "<f4") or (a.ratio and not b.ratio):
         needs.append(f"every scale is a {dtype_of(b.dtype).name}")
     chunk = 4 * target.grid["stride"] if b.perm else 1  # columns change places within it
     if any(mine % theirs for mine, theirs in zip(a.share, b.share, strict=True)) or a.share[1] % chunk:
@@ -176,18 +175,17 @@ def _write(
     """The target's parts."""
     fitted, spelling, params = target.fit(*shape).parts, SPELLINGS[target.grid.name], dict(target.grid.params)
     params.pop("ratio", 0)
-    missing = b.planes - steps.shape[1]
-    steps, scale = (np.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (steps, scale))
-    values, counts = np.unique(steps, return_counts=True)
-    for value, count in zip(values, counts, strict=True):
-        if value not in b.steps:
+    if missing := b.planes - steps.shape[1]:
+        steps, scale = (np.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (steps, scale))
+    for value in range(int(steps.min()), int(steps.max()) + 1):
+        if value not in b.steps and (count := int((steps == value).sum())):
             raise _Misfit(f"{count} of {steps.size} weights are {value} times their scale, for which there is no code")
     cells = _Cells(steps, scale, share, b.share)
     wanted = cells.regrouped(clear=b.quads)
     if b.ratio:
         wanted = _untied(wanted, cells, b)
     stored = _cast(wanted, b.dtype, cells.used_there if wanted.shape[1] > 1 or b.planes == 1 else None)
-    codes, bad = spelling.write(steps.astype(np.int16), **params)
+    codes, bad = spelling.write(steps, **params)
     if bad is not None:
         first = np.arange(bad.shape[1]) // params["stride"] * 4 * params["stride"]
         bad &= cells.used_there[:, 0][np.arange(shape[0])[:, None] // b.share[0], first // b.share[1]]

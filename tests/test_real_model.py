@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from packfmt import checkpoint, codecs, verify
 from packfmt.demo import CARRIER, find_model
+from packfmt.demo.report import LAYOUTS
 from tests.models import same
 
 missing = importlib.util.find_spec(CARRIER) is None
@@ -37,13 +38,14 @@ def command(*arguments: object) -> str:
 
 def test_the_demo_runs_and_the_better_layout_keeps_more() -> None:
     rows = {row["layout"]: row for row in json.loads(command("demo", "--json"))}
-    assert rows.keys() == set(codecs.names())
-    order = ["f32", "f16", "bf16", "q8_0", "q4_0", "mxfp4"]
+    assert rows.keys() == set(LAYOUTS) and set(LAYOUTS) <= set(codecs.names())
+    order = ["f32", "f16", "bf16", "q8_0", "q4_0", "mxfp4", "ptqtp2_b3", "ptqtp1_b3", "sherry_g128"]
     errors = [rows[name]["error"] for name in order]
     assert errors == sorted(errors) and errors[0] == 0
     assert rows["q8_0"]["cosine_min"] > 0.999 and rows["f32"]["cosine_min"] > 1 - 1e-12
     # 384 columns make no block of 256, and the row says what became of those matrices
-    assert rows["tq2_0"]["note"] == "33 of 39 matrices as q8_0: 384 columns"
+    assert rows["tq1_0"]["note"] == "33 of 39 matrices as q8_0: 384 columns"
+    assert rows["ptqtp2_b3"]["error"] < 0.6 * rows["ptqtp1_b3"]["error"]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -50,6 +50,8 @@ def formats(json: Json = False) -> int:
                 for r in rows
             ],
         )  # fmt: skip
+        for _, written in codecs.PATTERNS.values():
+            print(f"and {written}")
     return GOOD
 
 
@@ -91,6 +93,8 @@ def inspect(source: Source, json: Json = False) -> int:
             for i in infos
         ],
     )  # fmt: skip
+    for why in dict.fromkeys(f"{i.kind}: {i.why}" for i in infos if i.why):
+        print(why)
     for key, value in keys.items():
         print(f"{key if key.isprintable() else repr(key)} = {_short(value)}")
     each = 8 * total / max(1, weights)

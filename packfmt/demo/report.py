@@ -1,24 +1,29 @@
-"""Convert the demo's model to every layout, check each result, and measure what it cost and kept."""
+"""Convert the demo's model to one layout after another, check each result, and measure what it cost and kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod, sqrt
 from pathlib import Path
 
 import numpy as np
 
-from packfmt import checkpoint, codecs, conversion, verify
+from packfmt import checkpoint, conversion, verify
 from packfmt.checkpoint import Checkpoint
 from packfmt.demo import Row, embeddings, find_model, measure_embeddings
 from packfmt.demo.bert import Array
 from packfmt.plan import WEIGHTS, Plan, Recipe
 
+# of every kind one; layouts that hold the same numbers in other places would only repeat a row
+LAYOUTS = (
+    *("f32", "f16", "bf16", "q8_0", "q4_0", "mxfp4"),
+    *("ptqtp3_b3", "ptqtp2_b3", "ptqtp1_b3", "bitnet", "tq1_0", "sherry_g128", "sherry_row", "q1_0"),
+)
 FALLBACK = "q8_0"  # for columns that do not fill a layout's blocks: of 384, blocks of 256 cannot be made
 
 
-def rows(place: Path) -> Iterator[tuple[Row, list[verify.Finding]]]:
-    """Convert to every layout in a folder of its own in `place`; a row, and what validation finds, for each.
+def rows(place: Path, layouts: Sequence[str] = LAYOUTS) -> Iterator[tuple[Row, list[verify.Finding]]]:
+    """Convert to each layout in a folder of its own in `place`; a row, and what validation finds, for each.
 
     Raises
     ------
@@ -29,7 +34,7 @@ def rows(place: Path) -> Iterator[tuple[Row, list[verify.Finding]]]:
     """
     with checkpoint.open(find_model()) as model:
         before = embeddings(lambda name: verify.values(model[name]))
-        for name in codecs.names():
+        for name in layouts:
             yield _one(model, name, place / name, before)
 
 
