@@ -69,7 +69,7 @@ $(VENV)/.demo: $(VENV)/.package
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable '.[check]'
+	$(PIP) --editable '.[check,clients]'
 	touch $@
 
 clean:

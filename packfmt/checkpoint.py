@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from packfmt import exporters
-from packfmt.codec import PackedTensor
-from packfmt.errors import ContainerError
+from packfmt.codec import Array, PackedTensor
+from packfmt.errors import ContainerError, PackfmtError
 from packfmt.exporters import Extras
 from packfmt.layout import DENSE, Layout
 from packfmt.plan import TensorInfo
+
+ENOUGH = 1 << 16  # weights that show whether two tensors are alike
+ALIKE = 0.5  # the least correlation of the right layout; ternary weights have about 0.8
+UNLIKE = 0.5  # others have less than this part of it: i2_s and i2_s_arm agree on a quarter of the places
 
 
 class Checkpoint(Mapping[str, PackedTensor]):
@@ -54,19 +62,88 @@ class Checkpoint(Mapping[str, PackedTensor]):
         self.close()
 
 
-def open(path: str | Path, container: str = "") -> Checkpoint:
+def open(
+    path: str | Path,
+    container: str = "",
+    read_as: Mapping[str, str] | None = None,
+    base: Checkpoint | str | Path | None = None,
+) -> Checkpoint:
     """Open a model for reading; headers are read and checked, no tensor is.
 
-    `container` is found from the path when not given.
+    Parameters
+    ----------
+    path : a folder, a .safetensors or a .gguf
+    container : found from the path when not given
+    read_as : what the file does not say of its types: name -> layout ("STQ1_0": "sherry"), or a GGUF id ->
+        type ("42": "PQ2_0"). Files that packfmt wrote need none
+    base : the dense model that this one was made from, open or its path; decides what `read_as` does not
+        (`by_correlation`)
 
     Raises
     ------
     ContainerError
         If nothing is there, it is no format that packfmt reads, or a header is not what it should be.
+    PlanError
+        If `read_as` names no layout, or a type that is not in the file.
     """
-    path = Path(path)
+    path, told = Path(path), dict(read_as or {})
     name = container or container_of(path)
-    return Checkpoint(path, name, exporters.get(name).open(path, foreign_layout))
+    source = exporters.get(name).open(path, foreign_layout, told)
+    undecided = {kind: choices for kind, choices in source.undecided.items() if choices}
+    if undecided and base not in (None, ""):
+        source.close()
+        with ExitStack() as stack:
+            model = base if isinstance(base, Checkpoint) else stack.enter_context(open(base or ""))
+            for kind, choices in undecided.items():
+                told[kind] = by_correlation(path, name, kind, choices, model, told)
+        source = exporters.get(name).open(path, foreign_layout, told)
+    return Checkpoint(path, name, source)
+
+
+def by_correlation(
+    path: Path, container: str, kind: str, choices: Sequence[str], base: Checkpoint, read_as: Mapping[str, str]
+) -> str:
+    """Which layout a type means in a file: the one in which its weights resemble those of the dense model.
+
+    A wrong order of the same bytes gives plausible weights that have nothing to do with the model's. One
+    tensor decides: the smallest of this type that the base has too, of those large enough.
+
+    Raises
+    ------
+    ContainerError
+        If the base has no such tensor, or no layout is clearly the one; all correlations are given.
+    """
+    found: dict[str, float] = {}
+    weight: Array | None = None
+    for layout in choices:
+        with closing(exporters.get(container).open(path, foreign_layout, {**read_as, kind: layout})) as source:
+            shared = [i for i in source.index.values() if i.kind == kind and _like(i, base)]
+            if not shared:
+                missing = f"has no tensor of the names and shapes of the {kind} in {path}"
+                raise ContainerError(f"{base.path}: {missing}", "PF110")
+            least = min(shared, key=lambda i: (prod(i.shape) < ENOUGH, abs(prod(i.shape) - ENOUGH)))
+            if weight is None:
+                weight = base[least.name].decode()
+            found[layout] = _correlation(weight, source.read(least.name).decode())
+    best, *others = sorted(found, key=lambda layout: -found[layout])
+    if found[best] > ALIKE and all(found[o] < found[best] * UNLIKE for o in others):
+        return best
+    numbers = ", ".join(f"{found[layout]:.2f} as {layout}" for layout in found)
+    raise ContainerError(
+        f"{path}: {least.name}: its correlation with {base.path} is {numbers}, of which none is clearly right; "
+        f"is that the model it was made from?", "PF105",
+    )  # fmt: skip
+
+
+def _like(info: TensorInfo, base: Checkpoint) -> bool:
+    theirs = base.index.get(info.name)
+    return theirs is not None and theirs.layout is not None and theirs.shape == info.shape
+
+
+def _correlation(a: Array, b: Array) -> float:
+    """Of two weights as they are, around zero: 1 if one is a positive multiple of the other, 0 if they are unlike."""
+    a, b = a.reshape(-1).astype(np.float64), b.reshape(-1).astype(np.float64)
+    return float(a @ b / max(np.sqrt((a @ a) * (b @ b)), np.finfo(np.float64).tiny))
 
 
 def container_of(path: Path) -> str:
@@ -103,7 +180,10 @@ def foreign_layout(container: str, kind: str) -> Layout | None:
     from packfmt import codecs
 
     if container == "packfmt":
-        return codecs.get(kind).layout if kind in codecs.names() else DENSE.get(kind)
+        try:  # the name may come from a file
+            return codecs.get(kind).layout if codecs.known(kind) else DENSE.get(kind)
+        except PackfmtError:
+            return None
     for name in codecs.names():
         layout = codecs.get(name).layout
         if (container, kind) in layout.also:

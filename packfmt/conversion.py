@@ -260,7 +260,7 @@ def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
         raise PlanError(f"{target}: is the source or holds it; choose another destination")
     if target.exists() and not force:
         raise PlanError(f"{target}: exists; choose another destination or say --force to replace it")
-    one_file = target.suffix in exporters.SUFFIXES.values() or plan.container != "safetensors"
+    one_file = target.suffix in exporters.SUFFIXES.values() or plan.container == "gguf"
     if target.exists() and target.is_dir() == one_file:
         there, wanted = ("a folder", "a file") if one_file else ("a file", "a folder")
         raise PlanError(f"{target}: is {there}, and {wanted} is to be written; choose another destination")
@@ -287,6 +287,7 @@ def _replaceable(folder: Path) -> bool:
         return True
     try:
         with checkpoint.open(folder) as old:
-            return any(i.layout and not dense_dtype(i.layout) for i in old.index.values())
+            # a folder that is quantised in a way of Hugging Face's may be the only copy of a model
+            return any(i.layout and not dense_dtype(i.layout) and i.kind != "bitnet" for i in old.index.values())
     except ContainerError:
         return False

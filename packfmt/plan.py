@@ -46,12 +46,13 @@ class TensorInfo:
 
 
 class Holder(Protocol):
-    """What a plan asks of a container: why it cannot hold a tensor, or bear a name; empty if it can."""
+    """What a plan asks of a container: why it cannot hold a tensor, a name, or all together; empty if it can."""
 
     NAME: str
 
     def refusal(self, layout: Layout, shape: tuple[int, ...]) -> str: ...
     def name_refusal(self, name: str) -> str: ...
+    def plan_refusal(self, steps: tuple[Step, ...]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,8 @@ def make_plan(
         raise PlanError("\n".join(lines))
     if recipe.to in shelf and not any(s.layout == codec.layout for s in steps for codec in shelf.values()):
         raise PlanError(f"nothing here would become {recipe.to}: {_census(steps)}")
+    if why_not := container.plan_refusal(tuple(steps)):
+        raise PlanError(why_not)
     return Plan(source, container.NAME, _shards(tuple(steps), recipe.max_shard, container.NAME))
 
 
@@ -373,6 +376,8 @@ def from_json(data: Any, index: Mapping[str, TensorInfo], container: Holder, cod
         missing = sorted(index.keys() - {s.name for s in steps})
         if missing or len({s.name for s in steps}) != len(steps):
             raise PlanError(f"the plan must name every tensor once; {missing[0] if missing else 'one'} is not")
+        if why_not := container.plan_refusal(steps):
+            raise PlanError(why_not)
         return Plan(str(data["source"]), container.NAME, steps)
     except (KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"not a saved plan: {type(error).__name__} {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,27 @@ def model() -> dict[str, PackedTensor]:
 
 def same(a: PackedTensor, b: PackedTensor) -> bool:
     return (a.layout, a.shape, a.dtype, stored(a)) == (b.layout, b.shape, b.dtype, stored(b))
+
+
+def foreign(
+    path: Path,
+    *tensors: tuple[str, tuple[int, ...], int, bytes],
+    padded: bool = True,
+    alignment: int = 32,
+    key: str = "general.alignment",
+) -> Path:
+    """A file as other projects write it: (name, shape with rows first, ggml type, bytes) a tensor, and one key."""
+    entries, data = b"", b""
+    for name, shape, number, raw in tensors:
+        text = name.encode()
+        entries += struct.pack(f"<Q{len(text)}sI{len(shape)}Q", len(text), text, len(shape), *shape[::-1])
+        entries += struct.pack("<IQ", number, len(data))
+        data += raw.ljust(-(-len(raw) // alignment) * alignment, b"\0")
+    uint32 = 4
+    pair = struct.pack(f"<Q{len(key)}sII", len(key), key.encode(), uint32, alignment)
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), 1) + pair + entries
+    head = head.ljust(-(-len(head) // alignment) * alignment, b"\0")
+    if not padded:  # after the last tensor
+        data = data[: len(data) - -len(tensors[-1][3]) % alignment]
+    path.write_bytes(head + data)
+    return path

@@ -93,8 +93,10 @@ DAMAGED = {
     "a tensor without a name": (built([], [entry("")]), "PF102", "called ''"),
     "a key twice": (built([pair("k", "BOOL", b"\1")] * 2, []), "PF104", "'k' stands twice"),
     "a name twice": (built([], [entry(), entry(offset=32)], 64), "PF104", "called 'w'"),
-    "an unknown tensor type": (built([], [entry(kind=200)]), "PF105", "w: ggml type 200"),
-    "a tensor type long gone": (built([], [entry(kind=4)]), "PF105", "w: ggml type 4"),
+    "an unknown type in no bytes": (built([], [entry(kind=200)], 0), "PF107", "w: 8 weights of type 200 in no bytes"),
+    "a type of several in other bytes": (
+        built([], [entry(dims=(512,), kind=42)]), "PF106", "type 42 in 32 bytes, which is none of Q2_0 144"
+    ),
     "five dimensions": (built([], [entry(dims=(8, 1, 1, 1, 1))]), "PF106", "w: 5 dimensions"),
     "2**32 - 1 dimensions": (built([], [text("w") + number(2**32 - 1) + bytes(12)]), "PF106", "dimensions"),
     "a negative dimension": (built([], [entry(dims=(2**64 - 1, 0))]), "PF106", "needs fewer than 2**63"),

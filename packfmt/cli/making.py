@@ -91,8 +91,8 @@ def convert(
         _show_summary(plan)
         for remark in report.remarks[:MOST_REMARKS]:
             print(remark)
-        if more := report.remarks[MOST_REMARKS:]:
-            print(f"and {len(more)} such remarks more; --json has them all")
+        if len(report.remarks) > MOST_REMARKS:
+            print(f"and {len(report.remarks) - MOST_REMARKS} such remarks more; --json has them all")
         checked = ", verified" if verify else ""
         size = f"{show.size(report.bytes)}, {_ratio(report.source_bytes, report.bytes)}"
         print(f"{target}: {size}, {report.seconds:.1f} s{checked}")

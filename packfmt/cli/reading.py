@@ -26,7 +26,8 @@ def formats(json: Json = False) -> int:
         codec = codecs.get(name)
         layout, block = codec.layout, codec.layout.block
         shape = (block["rows"], block["cols"])
-        holds = [c for c in exporters.NAMES if not exporters.get(c).refusal(layout, shape)]
+        several = (32 * block["rows"], block["cols"])  # for some containers want more rows than a block has
+        holds = [c for c in exporters.NAMES if not exporters.get(c).refusal(layout, several)]
         rows.append(
             {
                 "layout": name,

@@ -20,7 +20,6 @@ from importlib.metadata import entry_points
 from packfmt.codec import Codec
 from packfmt.errors import PlanError
 
-
 SHERRY = ("sherry", "sherry_s16", "sherry_s16_perm", "sherry_g128", "sherry_row", "sherry_t32", "sherry_t32_s16")
 TRIT_PLANES = (
     *(f"ptqtp{n}{how}" for n in (1, 2, 3, 4) for how in ("", "_b3")),
@@ -30,10 +29,15 @@ TRIT_PLANES = (
 FAMILIES = {  # module -> the formats that it holds
     "bitnet": ("bitnet", "bitnet_divide"),
     "i2_s": ("i2_s", "i2_s_arm"),
+    "q2_0": ("q2_0", "pq2_0"),
     "sherry": SHERRY,
     "trit_planes": TRIT_PLANES,
 }
-PATTERNS: dict[str, tuple[str, str]] = {}  # module -> names that it makes formats of: expression, and how people write it
+PATTERNS = {  # module -> the names that it makes formats of: an expression, and how people write it
+    "mote": (r"mote_[1-9]\d{0,3}", "mote_<experts>"),
+    "tl1": (r"tl1(_[1-9]\d{0,5}){3}", "tl1_<bm>_<bk>_<bmm>"),
+    "tl2": (r"tl2(_[1-9]\d{0,6}){4}", "tl2_<rows>_<cols>_<bm>_<bk>"),
+}
 
 
 @cache
@@ -69,8 +73,8 @@ def get(name: str) -> Codec:
         near = get_close_matches(name, names(), 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
         raise PlanError(f"no format is called {name!r}; {hint}")
-    module = import_module(_modules()[name])
-    codec: Codec = module.CODECS[name] if hasattr(module, "CODECS") else module.CODEC
+    holder = import_module(_modules()[name])
+    codec: Codec = holder.CODECS[name] if hasattr(holder, "CODECS") else holder.CODEC
     return codec
 
 

@@ -4,8 +4,9 @@ A module has
 
     NAME
     refusal(layout, shape), name_refusal(name)   why it cannot hold such a tensor, or ""
+    plan_refusal(steps)                          why it cannot hold such tensors together, or ""
     write(path, plan, tensors, extras, check)    one tensor at a time; `path` appears only when whole and checked
-    open(path, layouts)                          a Source
+    open(path, layouts, read_as)                 a Source; `read_as` says which layouts foreign types are meant as
 
 A container knows names, offsets and bytes. It never looks inside a block and never meets a codec:
 `layouts(container, type name)` tells it which layout a foreign type is, and `layouts("packfmt", name)` which
@@ -24,10 +25,10 @@ from packfmt.codec import PackedTensor
 from packfmt.errors import PlanError
 from packfmt.exporters.whole import Check
 from packfmt.layout import Layout
-from packfmt.plan import Holder, Plan, TensorInfo
+from packfmt.plan import Holder, Plan, Step, TensorInfo
 
-SUFFIXES = {"safetensors": ".safetensors", "gguf": ".gguf"}  # of every container; a folder is safetensors
-NAMES = tuple(SUFFIXES)
+SUFFIXES = {"safetensors": ".safetensors", "gguf": ".gguf"}  # of files; a folder is safetensors
+NAMES = (*SUFFIXES, "bitnet")  # the last a folder that is asked for by name
 Layouts = Callable[[str, str], Layout | None]
 
 
@@ -55,6 +56,10 @@ class Source(Protocol):
     def index(self) -> Mapping[str, TensorInfo]: ...
     @property
     def extras(self) -> Extras: ...
+    @property
+    def undecided(self) -> Mapping[str, tuple[str, ...]]:
+        """Types whose layout the file does not tell -> the layouts that it may be, if they are few."""
+
     def read(self, name: str) -> PackedTensor:
         """The tensor, a dense one in a layout of `layout.DENSE`; its checksum is checked where there is one."""
 
@@ -64,10 +69,11 @@ class Source(Protocol):
 class Container(Holder, Protocol):
     """A container's module; what its members do stands above."""
 
+    def plan_refusal(self, steps: tuple[Step, ...]) -> str: ...
     def write(
         self, path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
     ) -> None: ...
-    def open(self, path: Path, layouts: Layouts) -> Source: ...
+    def open(self, path: Path, layouts: Layouts, read_as: Mapping[str, str] = ...) -> Source: ...
 
 
 def get(name: str) -> Container:

@@ -17,12 +17,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from hashlib import sha256
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple
+from types import MappingProxyType
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -31,8 +32,9 @@ from packfmt.errors import ContainerError, LayoutError, PlanError
 from packfmt.exporters import Extras, KeyValue, Layouts
 from packfmt.exporters import gguf_header as header
 from packfmt.exporters.gguf_header import MOST_DIMS, Entry, aligned, alignment_of
+from packfmt.exporters.gguf_types import GgmlType, among, ggml_types, rooms, sized
 from packfmt.exporters.whole import Check, whole_file
-from packfmt.layout import DENSE, DTYPES, Layout, Stream, dtype_of
+from packfmt.layout import DENSE, DTYPES, Layout, dtype_of
 from packfmt.plan import Plan, Step, TensorInfo
 
 NAME = "gguf"
@@ -40,23 +42,9 @@ VERSION = 1  # of packfmt's own keys
 OURS = "packfmt."
 DENSE_OF = {name.upper(): DENSE[name] for name in ("f32", "f16", "bf16", "f64", "i8", "i16", "i32", "i64")}
 LONGEST_NAME = 63  # bytes; GGML_MAX_NAME 64 counts the final zero (ggml.h, llama.cpp 067d44f6)
+NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+HADAMARD, ROTATED = "prism.hadamard", ("PQ2_0", "PTQ1_0", "Q2_0")  # keys of PrismML's files, and types they may hold
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, same file
-
-
-class GgmlType(NamedTuple):
-    """A tensor type: its number in a file, and how many bytes store a block of how many weights."""
-
-    number: int
-    block: int
-    nbytes: int
-
-
-@cache
-def ggml_types() -> dict[str, GgmlType]:
-    """Every type that the installed gguf knows, by name."""
-    from gguf.constants import GGML_QUANT_SIZES  # not above: it imports all of gguf
-
-    return {kind.name: GgmlType(int(kind), *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
 
 
 def type_of(layout: Layout) -> str:
@@ -66,18 +54,25 @@ def type_of(layout: Layout) -> str:
 
 
 @cache
-def _misfit(layout: Layout, kind: str) -> str:
-    """Why a layout cannot be this ggml type; empty if a block has as many bytes in both."""
-    if kind not in ggml_types():
-        return f"{layout.name}: the installed gguf knows no type {kind!r}"
-    _, block, nbytes = ggml_types()[kind]
-    if len(layout.components) != 1 or isinstance(layout.components[0], Stream):
-        return f"{layout.name}: has {len(layout.components)} components, a ggml type is one record a block"
-    try:
-        ours = layout.nbytes(1, block)
-    except LayoutError as error:
-        return f"{layout.name}: no block of {block} weights, as {kind} has: {error}"
-    return "" if ours == nbytes else f"{layout.name}: {block} weights take {ours} bytes, {kind} {nbytes}"
+def _misfit(layout: Layout, kind: str, shape: tuple[int, ...]) -> str:
+    """Why such a tensor cannot be of this ggml type; empty if its components fill the type's bytes.
+
+    The first component is the type's blocks; others, such as a scale, stand in its tail.
+    """
+    known = ggml_types().get(kind)
+    if known is None:
+        return f"{layout.name}: GGUF knows no type {kind!r}"
+    if layout.streams:
+        return f"{layout.name}: has a stream, whose length no ggml type tells"
+    blocks, *rest = (c.nbytes for c in layout.fit(*matrix(shape)).components)
+    needs = known.blocks(shape)
+    if needs is None:
+        return f"{layout.name}: {list(shape)}, {kind} needs a multiple of {known.block} columns"
+    if blocks != needs:
+        return f"{layout.name}: {prod(shape)} weights take {blocks} bytes, {kind} {needs}"
+    if sum(rest) > (max(known.tails) if prod(shape) else 0):
+        return f"{layout.name}: {sum(rest)} bytes beside its {layout.components[0].name}, for which {kind} has no room"
+    return ""
 
 
 def refusal(layout: Layout, shape: tuple[int, ...]) -> str:
@@ -85,7 +80,13 @@ def refusal(layout: Layout, shape: tuple[int, ...]) -> str:
     if len(shape) > MOST_DIMS:
         return f"{len(shape)} dimensions, GGUF holds {MOST_DIMS} or fewer"
     if kind := type_of(layout):
-        return _misfit(layout, kind)
+        return _misfit(layout, kind, shape)
+    for known in ggml_types().values():
+        if layout.name in known.choices[1:]:
+            return (
+                f"{known.name} has the bytes of {layout.name}, but readers would take them for {known.choices[0]}, "
+                f"as {known.why}; repack to {known.instead}, which is exact"
+            )
     return f"GGUF has no type for {layout.name}; its types are {', '.join(ggml_types())}"
 
 
@@ -95,6 +96,11 @@ def name_refusal(name: str) -> str:
         return f"the name {name!r}, GGUF needs one that can be printed"
     length = len(name.encode())
     return f"a name of {length} bytes, GGUF holds {LONGEST_NAME} or fewer" if length > LONGEST_NAME else ""
+
+
+def plan_refusal(steps: tuple[Step, ...]) -> str:
+    """Why these tensors cannot stand together; empty, for each has a name of its own."""
+    return ""
 
 
 # ---------------------------------------------------------------- writing
@@ -140,10 +146,31 @@ def _append(file: BinaryIO, step: Step, tensor: PackedTensor | None, alignment: 
     if tensor is None or (tensor.layout, tensor.shape) != (step.layout, step.shape):
         got = "nothing" if tensor is None else f"{tensor.layout.name} {tensor.shape}"
         raise PlanError(f"{step.name}: got {got}, planned {step.layout.name} {step.shape}")
-    data = np.ascontiguousarray(tensor.components[step.layout.components[0].name]).reshape(-1).view(np.uint8)
-    file.write(data.data)
-    file.write(bytes(aligned(len(data), alignment) - len(data)))
-    return sha256(data.data).hexdigest()
+    digest, at, whole = sha256(), 0, _stored(step)
+    places = _places(step.layout, type_of(step.layout), step.shape)
+    pieces = [(places[name], np.ascontiguousarray(array)) for name, array in tensor.components.items()]
+    for place, piece in (*sorted(pieces, key=lambda p: p[0]), (whole, np.zeros(0, np.uint8))):
+        for raw in (bytes(place - at), piece.reshape(-1).view(np.uint8).data):
+            digest.update(raw)
+            at += file.write(raw)
+    file.write(bytes(aligned(whole, alignment) - whole))
+    return digest.hexdigest()
+
+
+def _places(layout: Layout, kind: str, shape: tuple[int, ...]) -> dict[str, int]:
+    """Where a tensor's components begin in its bytes: the first is its blocks, others stand in the tail."""
+    first, *rest = layout.fit(*matrix(shape)).components
+    known = ggml_types().get(kind)
+    places, at = {first.name: 0}, aligned(first.nbytes, known.tail_alignment if known else 1)
+    for c in rest:
+        places[c.name] = at
+        at += c.nbytes
+    return places
+
+
+def _stored(step: Step) -> int:
+    """The bytes that a step's tensor takes in the file, before padding to the alignment."""
+    return ggml_types()[type_of(step.layout)].sizes(step.shape)[0]
 
 
 def _header(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> tuple[bytes, int]:
@@ -156,8 +183,8 @@ def _header(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> tuple[bytes,
     entries, offset = [], 0
     for s in plan.steps:
         # a scalar becomes one weight: not every reader takes a tensor without dimensions
-        entries.append(Entry(s.name, s.shape or (1,), ggml_types()[type_of(s.layout)].number, offset))
-        offset += aligned(s.layout.nbytes(*matrix(s.shape)), alignment)
+        entries.append(Entry(s.name, s.shape or (1,), ggml_types()[type_of(s.layout)].ids[0], offset))
+        offset += aligned(_stored(s), alignment)
     return header.build(keyvalues, entries, alignment), alignment
 
 
@@ -202,24 +229,31 @@ def _own_keys(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> dict[str, 
 
 
 class GgufSource:
-    """An open GGUF file."""
+    """An open GGUF file. `read_as` says what the file does not: see `open`."""
 
-    def __init__(self, path: Path, layouts: Layouts) -> None:
+    def __init__(self, path: Path, layouts: Layouts, read_as: Mapping[str, str] = NOTHING) -> None:
         self.path = path
         self._file = path.open("rb")
         self._lock = Lock()  # a place in the file belongs to one reader at a time
+        self._layouts = cache(layouts)
+        self._read_as = dict(read_as)
+        self._unused = set(read_as)
         try:
             size = os.fstat(self._file.fileno()).st_size
             self._head = header.read(path, self._file, size)
-            kinds = [self._kind(e) for e in self._head.entries]
-            nbytes = [self._nbytes(e, kind) for e, kind in zip(self._head.entries, kinds, strict=True)]
-            header.check_places(path, size, self._head, nbytes)
             self._records, described = self._own()
-            self._layout_of = cache(partial(layouts, NAME))
-            self.index = {
-                e.name: self._info(e, kind, n, described)
-                for e, kind, n in zip(self._head.entries, kinds, nbytes, strict=True)
+            self._rooms = rooms(size, self._head)
+            self._types = self._tell_apart()
+            infos = [self._info(e, described) for e in self._head.entries]
+            header.check_places(path, size, self._head, [i.nbytes for i in infos])
+            self._beside = self._scales_beside(infos)
+            self.index = {i.name: i for i in infos if i.name not in self._beside.values()}
+            self.undecided = {
+                t.name: t.choices
+                for t in self._types.values()
+                if t and t.why and any(i.kind == t.name and i.layout is None for i in infos)
             }
+            self._check_used()
             self.extras = self._extras()
         except BaseException:
             self.close()
@@ -239,65 +273,190 @@ class GgufSource:
         """
         info = self.index[name]
         if info.layout is None:
-            raise self._fail(f"{name}: is {info.kind}, which no layout of packfmt describes", "PF105")
-        raw = self._bytes(info)
+            why = info.why or "which no layout of packfmt describes"
+            raise self._fail(f"{name}: is {info.kind}, {why}", "PF105")
+        raw = self._bytes(name, info.nbytes)
         record = self._records.get(name)
         if record and sha256(raw.data).hexdigest() != record["sha256"]:
             raise self._fail(f"{name}: its bytes are not those that were written", "PF109")
-        (component,) = info.layout.fit(*matrix(info.shape)).components
-        array = raw.view(dtype_of(component.dtype)).reshape(component.shape)
-        return PackedTensor(info.layout, info.shape, {component.name: array}, info.dtype)
+        components = {}
+        places = _places(info.layout, info.kind, info.shape)
+        for i, c in enumerate(info.layout.fit(*matrix(info.shape)).components):
+            at, data = places[c.name], raw
+            if i and name in self._beside:
+                at, data = 0, self._bytes(self._beside[name], c.nbytes)
+            components[c.name] = data[at : at + c.nbytes].view(dtype_of(c.dtype)).reshape(c.shape)
+        return PackedTensor(info.layout, info.shape, components, info.dtype)
 
     def _fail(self, what: str, rule: str) -> ContainerError:
         return ContainerError(f"{self.path}: {what}", rule)
 
-    def _bytes(self, info: TensorInfo) -> Array:
-        raw = np.empty(info.nbytes, np.uint8)
+    def _bytes(self, name: str, count: int) -> Array:
+        raw = np.empty(count, np.uint8)
         with self._lock:
-            self._file.seek(self._places[info.name])
+            self._file.seek(self._places[name])
             got = self._file.readinto(raw.data)
-        if got != info.nbytes:
-            raise self._fail(f"{info.name}: {got} of {info.nbytes} bytes; the file shrank while it was read", "PF101")
+        if got != count:
+            raise self._fail(f"{name}: {got} of {count} bytes; the file shrank while it was read", "PF101")
         return raw
 
-    def _kind(self, e: Entry) -> str:
-        for name, known in ggml_types().items():
-            if known.number == e.type:
-                return name
-        raise self._fail(f"{e.name}: ggml type {e.type}, which the installed gguf does not know", "PF105")
+    def _scales_beside(self, infos: list[TensorInfo]) -> dict[str, str]:
+        """Tensors of types with a tail that have none: bitnet.cpp's converter puts their scale into `<name>_scale`.
 
-    def _nbytes(self, e: Entry, kind: str) -> int:
-        _, block, nbytes = ggml_types()[kind]
-        if matrix(e.shape)[1] % block:
-            raise self._fail(f"{e.name}: {matrix(e.shape)[1]} columns, {kind} needs a multiple of {block}", "PF106")
-        return prod(e.shape) // block * nbytes
+        Raises
+        ------
+        ContainerError
+            If such a tensor, one F32 number, is not there.
+        """
+        known = {i.name: (i.kind, prod(i.shape)) for i in infos}
+        out = {}
+        for i in infos:
+            if i.layout is None or i.layout.nbytes(*matrix(i.shape)) <= i.nbytes:
+                continue
+            out[i.name] = i.name + "_scale"
+            rest = [c.nbytes for c in i.layout.fit(*matrix(i.shape)).components[1:]]
+            if rest != [4] or known.get(out[i.name]) != ("F32", 1):
+                raise self._fail(f"{i.name}: is {i.kind} without a scale, and no F32 {out[i.name]} beside it", "PF110")
+        return out
 
-    def _info(self, e: Entry, kind: str, nbytes: int, described: dict[str, Layout]) -> TensorInfo:
-        record = self._records.get(e.name)
-        layout = DENSE_OF.get(kind) or self._layout_of(kind)
-        shape = e.shape
+    def _tell_apart(self) -> dict[int, GgmlType | None]:
+        """What each id means in this file, None if nobody knows it.
+
+        One writer made the file, so that an id means the same type in all of it; all its tensors must fit.
+        """
+        out: dict[int, GgmlType | None] = {}
+        for number in dict.fromkeys(e.type for e in self._head.entries):
+            mine = [e for e in self._head.entries if e.type == number]
+            said = {self._records[e.name]["type"] for e in mine if e.name in self._records}
+            chosen = self._asked(str(number))
+            known = among(number)
+            if chosen in ggml_types():
+                known = {chosen: ggml_types()[chosen]}
+            elif said & known.keys():  # packfmt wrote it
+                known = {kind: known[kind] for kind in said & known.keys()}
+            elif chosen:
+                known = {}  # a layout, whatever its type is called
+            out[number] = self._only(number, known, mine)
+        return out
+
+    def _only(self, number: int, known: dict[str, GgmlType], entries: list[Entry]) -> GgmlType | None:
+        """The one type of several whose bytes fit the rooms of all tensors that have its id."""
+        left = known
+        for e in entries if len(known) > 1 else ():
+            room = self._rooms[e.name]
+            fit = {k: t for k, t in left.items() if t.fits(e.shape, room, self._head.alignment) is not None}
+            if not fit:
+                also = f", and other tensors can only be {' or '.join(left)}" if len(left) < len(known) else ""
+                raise self._fail(
+                    f"{e.name}: {list(e.shape)} of ggml type {number} in {room} bytes, "
+                    f"which is none of {sized(known, e.shape)}{also}", "PF106",
+                )  # fmt: skip
+            left = fit
+        if len(left) > 1:
+            e = entries[0]
+            which = " or ".join(f"--read-as {number}={kind}" for kind in left)
+            raise self._fail(
+                f"{e.name}: {list(e.shape)} of ggml type {number} in {self._rooms[e.name]} bytes, "
+                f"which may be {sized(left, e.shape)} bytes; say {which}", "PF105",
+            )  # fmt: skip
+        return next(iter(left.values()), None)
+
+    def _asked(self, key: str) -> str:
+        """What `read_as` has for a type's name or id; empty if nothing."""
+        self._unused.discard(key)
+        return self._read_as.get(key, "")
+
+    def _check_used(self) -> None:
+        if self._unused:
+            key = min(self._unused)
+            kinds = dict.fromkeys(t.name if t else str(number) for number, t in self._types.items())
+            raise PlanError(
+                f"--read-as {key}={self._read_as[key]}: no tensor of {self.path} is {key} and without "
+                f"a description of its own; its types are {', '.join(kinds)}"
+            )
+
+    def _asked_layout(self, kind: str, number: int) -> Layout | None:
+        """The layout that the user named for a type, by its name or id."""
+        by_id = self._asked(str(number))
+        name = self._asked(kind) or ("" if by_id in ggml_types() else by_id)
+        if not name:
+            return None
+        found = self._layouts("packfmt", name)
+        if found is None:
+            raise PlanError(f"--read-as {kind}={name}: no layout is called {name!r}")
+        return found
+
+    def _nbytes(self, e: Entry, known: GgmlType) -> int:
+        sizes = known.sizes(e.shape)
+        if not sizes:
+            have = matrix(e.shape)[1]
+            raise self._fail(f"{e.name}: {have} columns, {known.name} needs a multiple of {known.block}", "PF106")
+        fit = known.fits(e.shape, self._rooms[e.name], self._head.alignment)
+        return sizes[0] if fit is None else fit  # `check_places` says what is wrong
+
+    def _info(self, e: Entry, described: dict[str, Layout]) -> TensorInfo:
+        known, record = self._types[e.type], self._records.get(e.name)
         if record:
-            self._check_record(e, kind, record)
-            shape = tuple(record["shape"])
-            if layout is None or layout.id != record["id"]:
-                if record["id"] not in described:
-                    raise self._fail(f"{e.name}: no description of layout {record['layout']!r} in the file", "PF111")
-                layout = replace(described[record["id"]], also=((NAME, kind),))
-        if layout and (reason := _misfit(layout, kind)):
-            raise self._fail(f"{e.name}: {reason}", "PF105")
+            return self._recorded(e, known, record, described)
+        kind = known.name if known else f"type {e.type}"
+        layout = DENSE_OF.get(kind) or self._asked_layout(kind, e.type)
+        if known is None:
+            return self._unknown(e, kind, layout)
+        nbytes = self._nbytes(e, known)
+        if layout is None and not known.why:
+            layout = self._layouts(NAME, kind)
+        why = known.must_choose() if layout is None and known.why else ""
+        if kind in ROTATED and any(key.startswith(HADAMARD) for key in self._head.keyvalues):
+            why = f"and {HADAMARD} in the file says that its columns are rotated, which packfmt does not undo"
+        if why:
+            return TensorInfo(e.name, e.shape, "float32", None, kind, self.path, nbytes, why)
+        own = dtype_of(layout.components[0].cell[0].dtype).name if layout and kind in DENSE_OF else "float32"  # type: ignore[union-attr]
+        return self._checked(TensorInfo(e.name, e.shape, own, layout, kind, self.path, nbytes))
+
+    def _unknown(self, e: Entry, kind: str, layout: Layout | None) -> TensorInfo:
+        """A tensor whose type nobody knows: it is shown, with the bytes that it has room for."""
+        room = self._rooms[e.name]
+        if prod(e.shape) and room <= 0:
+            raise self._fail(f"{e.name}: {prod(e.shape)} weights of {kind} in no bytes", "PF107")
         try:
-            if layout and layout.nbytes(*matrix(shape)) != nbytes:
-                raise self._fail(f"{e.name}: {nbytes} bytes, a {layout.name} of {list(shape)} has others", "PF106")
+            nbytes = layout.nbytes(*matrix(e.shape)) if layout else max(0, room)
         except LayoutError as error:
             raise self._fail(f"{e.name}: {error}", "PF106") from error
-        own = dtype_of(layout.components[0].cell[0].dtype).name if layout and kind in DENSE_OF else "float32"  # type: ignore[union-attr]
-        return TensorInfo(e.name, shape, record["dtype"] if record else own, layout, kind, self.path, nbytes)
+        return TensorInfo(e.name, e.shape, "float32", layout, kind, self.path, nbytes)
+
+    def _recorded(
+        self, e: Entry, known: GgmlType | None, record: dict[str, Any], described: dict[str, Layout]
+    ) -> TensorInfo:
+        """A tensor that packfmt wrote, and what it wrote of it."""
+        self._check_record(e, known.name if known else "", record)
+        assert known is not None  # or the record would contradict it
+        layout = DENSE_OF.get(known.name)
+        if layout is None or layout.id != record["id"]:
+            if record["id"] not in described:
+                raise self._fail(f"{e.name}: no description of layout {record['layout']!r} in the file", "PF111")
+            layout = self._installed(described[record["id"]], known.name)
+        nbytes, shape = self._nbytes(e, known), tuple(record["shape"])
+        return self._checked(TensorInfo(e.name, shape, record["dtype"], layout, known.name, self.path, nbytes))
+
+    def _installed(self, described: Layout, kind: str) -> Layout:
+        """The installed layout of a description, which also knows what other containers call it."""
+        installed = self._layouts("packfmt", described.name)
+        return installed if installed == described else replace(described, also=((NAME, kind),))
+
+    def _checked(self, info: TensorInfo) -> TensorInfo:
+        """The same, if its layout has the bytes that its type has."""
+        try:
+            if info.layout and (reason := _misfit(info.layout, info.kind, info.shape)):
+                raise self._fail(f"{info.name}: {reason}", "PF106")
+        except LayoutError as error:
+            raise self._fail(f"{info.name}: {error}", "PF106") from error
+        return info
 
     def _check_record(self, e: Entry, kind: str, record: dict[str, Any]) -> None:
         """What packfmt wrote of a tensor must be what the header says of it."""
-        if record["type"] != kind:
+        if not kind or record["type"] != kind:
             raise self._fail(
-                f"{e.name}: is {kind}, packfmt.tensors says {record['type']}; "
+                f"{e.name}: is {kind or f'ggml type {e.type}'}, packfmt.tensors says {record['type']}; "
                 "another tool changed the tensor and left packfmt's keys: remove them", "PF105",
             )  # fmt: skip
         shape = record["shape"]
@@ -353,12 +512,17 @@ class GgufSource:
         return Extras(config, {}, foreign)
 
 
-def open(path: Path, layouts: Layouts) -> GgufSource:
+def open(path: Path, layouts: Layouts, read_as: Mapping[str, str] = NOTHING) -> GgufSource:
     """Open a file and check its header; no tensor is read.
+
+    `read_as` says what a file cannot: type name -> layout, where one type has several orders of bytes
+    (STQ1_0=sherry), or id -> type or layout, where several types have the id and size (42=PQ2_0).
 
     Raises
     ------
     ContainerError
         For the first thing that is not what it should be.
+    PlanError
+        If `read_as` names no layout, or a type that no tensor has.
     """
-    return GgufSource(path, layouts)
+    return GgufSource(path, layouts, read_as)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from hashlib import sha256
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -34,6 +36,8 @@ VERSION = 1
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
 DENSE_OF = {c.components[0].cell[0].dtype: c for c in DENSE.values()}  # type: ignore[union-attr]
+BITNET, SCALE, LINEAR = "bitnet", "_scale", "bitlinear"  # Hugging Face's: method, suffix of a scale, default class
+NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 UNKNOWN_LENGTH = 1 << 53  # stands for a stream's end while its header's length is reckoned
 
 
@@ -47,6 +51,17 @@ def name_refusal(name: str) -> str:
     if name == "__metadata__":
         return f"the name {name!r}, which the format keeps for itself"
     return "" if name and name.isprintable() else f"the name {name!r}, needs one that can be printed"
+
+
+def plan_refusal(steps: tuple[Step, ...]) -> str:
+    """Why these tensors cannot stand together; empty if they can."""
+    owner: dict[str, str] = {}
+    for step in steps:
+        for name in _files_of(step).values():
+            if name in owner:
+                return f"{step.name} and {owner[name]}: both would be stored as {name!r}; keep one of them"
+            owner[name] = step.name
+    return ""
 
 
 # ---------------------------------------------------------------- writing
@@ -64,7 +79,8 @@ def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extra
         If a tensor is not the one its step announced.
     """
     stream = iter(tensors)
-    _check_names(plan.steps)
+    if why_not := plan_refusal(plan.steps):
+        raise PlanError(why_not)
     if path.suffix == SUFFIX:
         with whole_file(path, check) as file:
             _write_tensors(file, plan.steps, stream)
@@ -81,16 +97,9 @@ def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extra
         if set(places.values()) != {SINGLE}:
             total = sum((folder / name).stat().st_size for name in set(places.values()))
             _dump(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-        _write_extras(folder, plan, extras)
-
-
-def _check_names(steps: tuple[Step, ...]) -> None:
-    owner: dict[str, str] = {}
-    for step in steps:
-        for name in _files_of(step).values():
-            if name in owner:
-                raise PlanError(f"{step.name} and {owner[name]}: both would be stored as {name!r}; keep one of them")
-            owner[name] = step.name
+        packed = sorted({s.layout.name for s in plan.steps if not dense_dtype(s.layout)})
+        says = {"quant_method": "packfmt", "version": VERSION, "layouts": packed} if packed else None
+        write_extras(folder, extras, says)
 
 
 def _write_tensors(file: BinaryIO, steps: tuple[Step, ...], tensors: Iterator[PackedTensor]) -> dict[str, Entry]:
@@ -194,15 +203,15 @@ def _describe(steps: tuple[Step, ...], sums: Mapping[str, Mapping[str, str]]) ->
     return {"version": VERSION, "tensors": tensors, "layouts": {s.layout.id: s.layout.to_json() for s in steps}}
 
 
-def _write_extras(folder: Path, plan: Plan, extras: Extras) -> None:
+def write_extras(folder: Path, extras: Extras, quantised: dict[str, Any] | None) -> None:
+    """Side files, and config.json with `quantised` as its `quantization_config`."""
     for name, source in extras.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)
     if extras.config is not None:
         config = {k: v for k, v in extras.config.items() if k != "quantization_config"}
-        packed = sorted({s.layout.name for s in plan.steps if not dense_dtype(s.layout)})
-        if packed:
-            config["quantization_config"] = {"quant_method": "packfmt", "version": VERSION, "layouts": packed}
+        if quantised:
+            config["quantization_config"] = quantised
         _dump(folder / CONFIG, config)
     if extras.keyvalues:
         _dump(folder / KEYVALUES, {k: {"type": v.kind, "value": v.value} for k, v in extras.keyvalues.items()})
@@ -221,13 +230,16 @@ KEYVALUES = "gguf_keyvalues.json"  # a GGUF's metadata, so that it can become a 
 class SafetensorsSource:
     """A safetensors file, or a folder of them; `problems` are what the headers get wrong."""
 
-    def __init__(self, path: Path, layouts: Layouts) -> None:
+    undecided: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({})  # files and their config.json say all
+
+    def __init__(self, path: Path, layouts: Layouts, read_as: Mapping[str, str] = NOTHING) -> None:
         self.path = path
         self._layouts = layouts
         self.problems: list[ContainerError] = []
         self.index: dict[str, TensorInfo] = {}
         self._files: dict[Path, tuple[BinaryIO, Header]] = {}
         self._records: dict[str, dict[str, Any]] = {}
+        self._scales: dict[str, Path] = {}  # of BitNet's tensors -> the file of their scale
         try:
             weight_map = _weight_map(path)
             for file in _files(path, weight_map):
@@ -237,6 +249,12 @@ class SafetensorsSource:
             self.close()
             raise
         self.extras = _read_extras(path) if path.is_dir() else Extras()
+        try:
+            if layout := self._bitnet_layout(read_as):
+                self._find_bitnet(layout)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         for file, _ in self._files.values():
@@ -264,6 +282,42 @@ class SafetensorsSource:
         layout = DENSE_OF[DTYPES[e.dtype]] if e.dtype in DTYPES else None
         dtype = dtype_of(DTYPES[e.dtype]).name if layout else e.dtype
         return TensorInfo(name, e.shape, dtype, layout, e.dtype, path, e.end - e.begin)
+
+    def _bitnet_layout(self, read_as: Mapping[str, str]) -> Layout | None:
+        """What Hugging Face's BitNet has in its uint8 tensors, by config.json or as the user says; None elsewhere."""
+        for kind, name in read_as.items():
+            found = self._layouts("packfmt", name)
+            if kind != "U8" or found is None or not dict(found.also).get(BITNET):
+                raise PlanError(
+                    f"--read-as {kind}={name}: of safetensors only U8 can mean a layout, bitnet or bitnet_divide"
+                )
+            return found
+        says = (self.extras.config or {}).get("quantization_config")
+        if not isinstance(says, dict) or says.get("quant_method") != BITNET:
+            return None
+        linear = says.get("linear_class", LINEAR)
+        layout = self._layouts(BITNET, linear) if isinstance(linear, str) else None
+        if layout is None:
+            raise ContainerError(
+                f"{self.path / CONFIG}: linear_class is {linear!r}, needs bitlinear or autobitlinear", "PF102"
+            )
+        return layout
+
+    def _find_bitnet(self, layout: Layout) -> None:
+        """Take each uint8 matrix and the scale beside it for one tensor, of four times as many rows."""
+        for name, info in list(self.index.items()):
+            scale = self.index.get(name + SCALE)
+            if info.layout != DENSE["u8"] or len(info.shape) != 2 or scale is None:
+                continue
+            if scale.layout != DENSE["bf16"] or prod(scale.shape) != 1:
+                why = f"whose scale is {scale.kind} {list(scale.shape)}, and only one BF16 number is read"
+                self.index[name] = replace(info, layout=None, why=why)
+                continue
+            rows, cols = info.shape
+            shape, nbytes = (4 * rows, cols), info.nbytes + scale.nbytes
+            self.index[name] = TensorInfo(name, shape, "bfloat16", layout, BITNET, info.file, nbytes)
+            self._scales[name] = scale.file
+            del self.index[scale.name]
 
     def _described(self, path: Path, found: Header) -> dict[str, TensorInfo]:
         """What packfmt's own metadata says, each claim checked against the entries."""
@@ -324,6 +378,8 @@ class SafetensorsSource:
     def _names(self, info: TensorInfo) -> dict[str, str]:
         if info.layout is None or dense_dtype(info.layout):
             return {"values": info.name}
+        if info.name in self._scales:
+            return {"weight": info.name, "weight_scale": info.name + SCALE}
         return {c.name: f"{info.name}.{c.name}" for c in info.layout.components}
 
     def _check_components(self, info: TensorInfo, found: Header) -> None:
@@ -352,20 +408,21 @@ class SafetensorsSource:
         """The tensor called `name`; its checksums are checked where the file has them."""
         info = self.index[name]
         if info.layout is None:
-            raise ContainerError(f"{info.file}: {name} is {info.kind}, which no layout of packfmt describes", "PF105")
-        file, found = self._files[info.file]
+            why = info.why or "which no layout of packfmt describes"
+            raise ContainerError(f"{info.file}: {name} is {info.kind}, {why}", "PF105")
         sums = self._records.get(name, {}).get("sha256", {})
         components = {}
         for component, stored in self._names(info).items():
-            array = _read_array(info.file, file, found, stored)
+            where = self._scales[name] if stored != name and name in self._scales else info.file
+            array = _read_array(where, *self._files[where], stored)
             if component in sums and sha256(array.reshape(-1).view(np.uint8).data).hexdigest() != sums[component]:
                 raise ContainerError(
                     f"{info.file}: {name}: the bytes of {component!r} are not those that were written", "PF109"
                 )
             components[component] = array
-        if dense_dtype(info.layout):
-            shape = info.layout.shapes(*matrix(info.shape))["values"]
-            components["values"] = components["values"].reshape(shape)
+        if dense_dtype(info.layout) or name in self._scales:
+            shapes = info.layout.shapes(*matrix(info.shape))
+            components = {c: array.reshape(shapes[c]) for c, array in components.items()}
         return PackedTensor(info.layout, info.shape, components, info.dtype)
 
 
@@ -378,15 +435,17 @@ def _read_array(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
     return raw.view(dtype_of(DTYPES[e.dtype])).reshape(e.shape)
 
 
-def open(path: Path, layouts: Layouts) -> SafetensorsSource:
+def open(path: Path, layouts: Layouts, read_as: Mapping[str, str] = NOTHING) -> SafetensorsSource:
     """Open a file or folder and check all headers; no tensor is read.
+
+    `read_as` {"U8": layout} says what uint8 tensors with a scale beside them are, where no config.json does.
 
     Raises
     ------
     ContainerError
         For the first thing that is not what it should be.
     """
-    source = SafetensorsSource(path, layouts)
+    source = SafetensorsSource(path, layouts, read_as)
     if source.problems:
         source.close()
         raise source.problems[0]
