@@ -14,7 +14,6 @@ scales (`respelling`), without rounding either way.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -364,7 +363,9 @@ def _write_pairs(steps: Steps) -> tuple[Array, None]:
 def _read_tl2(codes: Array, *, rows: int, cols: int, bm: int, bk: int) -> Steps:
     from packfmt.kernels import tl2
 
-    tl2.areas(rows, cols, bm, bk)
+    nbytes = sum(tl2.areas(rows, cols, bm, bk)[1:])
+    if codes.ndim != 3 or codes.shape[2] != nbytes:
+        raise LayoutError(f"codes are {codes.shape}, needs {nbytes} bytes for a matrix of {(rows, cols)}")
     down, along, _ = codes.shape
     out = np.empty((down, rows, along, cols), np.int8)
     for i, j in np.ndindex(down, along):
@@ -505,11 +506,18 @@ def findings(layout: Layout, parts: Arrays) -> list[str]:
             out.append(f"{bad} of {array.size} numbers of {name} are not finite")
     if layout.grid.name in ("base3", "plane_base3", "tl2") and (bad := _unused_bytes(layout.grid, parts["codes"])):
         out.append(f"{bad} of {parts['codes'].size} bytes of codes are none of those that digits of base 3 give")
+    if layout.grid.name == "ptq161" and (got := int(parts["mask"].sum())) != (need := _salient(parts)):
+        out.append(f"mask names {got} of {parts['mask'].size} columns, needs {need}")
     if "perm" in parts and not np.array_equal(np.sort(parts["perm"], None), np.arange(parts["perm"].size)):
         out.append(f"perm does not name each of {parts['perm'].size} columns once")
     if layout.grid.name == "table" and "scale" in parts and (bad := int((parts["scale"] == 255).sum())):
         out.append(f"{bad} of {parts['scale'].size} numbers of scale are 255, which E8M0 reserves for NaN")
     return out
+
+
+def _salient(parts: Arrays) -> int:
+    """How many columns of a `ptq161` are in four bits."""
+    return int(np.prod(parts["codes"].shape[1:]))
 
 
 def _unused_bytes(grid: Grid, codes: Array) -> int:
