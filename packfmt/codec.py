@@ -105,7 +105,7 @@ def moves_as_bits(source: Layout, target: Layout, shape: tuple[int, ...]) -> boo
 
 
 def why_inexact(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
-    """Why repacking a tensor of this shape would always change a number; empty if it is exact, or the numbers decide."""
+    """Why repacking must change a number; empty if it is exact, or if the numbers decide (`exact_if`)."""
     return "" if moves_as_bits(source, target, shape) else respelling.why_not(source, target, matrix(shape))
 
 

@@ -5,17 +5,15 @@ named alike everywhere: `codes` (rows, cols), `scale`, `zero`, `codebook` ... A 
 elements than `codes` along an axis is shared: one scale for every cols / scale columns.
 
 Most numbers are a step, a small whole number, times a scale. Grids differ in how codes spell the steps
-(`Spelling`): a code a weight, one for four of them, several in a byte of base 3, planes that add up.
-What spells steps can be read as steps and written as other codes, so two layouts with the same parts
-move as bits (`placement.repack`), and two that spell differently convert through their steps and
-scales (`respelling`), without rounding either way.
+(`spellings`). Two layouts with the same grid and parts move as bits (`placement.repack`); two that spell
+differently convert through their steps and scales (`respelling`), without rounding either way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import lcm
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +21,11 @@ import numpy.typing as npt
 from packfmt.errors import LayoutError
 from packfmt.layout import Codes, Grid, Layout
 from packfmt.placement import Array, Arrays, unpack
+from packfmt.spellings import SPELLINGS, scales
 
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
-Steps = npt.NDArray[Any]  # (rows, planes, cols) whole numbers
 STRIP = 1 << 18  # weights computed at a time; keeps temporaries in the cache
-TRITS = (-1, 0, 1)
 
 
 # ---------------------------------------------------------------- formulas
@@ -73,7 +70,7 @@ def quads(parts: Arrays, *, stride: int, values: tuple[tuple[int, ...], ...]) ->
     `codes` (rows, cols / 4). Lane p of quad g is column g % stride + p * stride of the chunk g // stride
     of 4 * stride columns. The scale converted to float32, one float32 product.
     """
-    return _sum(parts, QUADS, {"stride": stride, "values": values})
+    return _sum(parts, "quads", {"stride": stride, "values": values})
 
 
 def quads_in_fives(parts: Arrays, *, stride: int, values: tuple[tuple[int, ...], ...]) -> Floats:
@@ -81,7 +78,7 @@ def quads_in_fives(parts: Arrays, *, stride: int, values: tuple[tuple[int, ...],
 
     `codes` (rows, cols / 64, 5).
     """
-    return _sum(parts, FIVES, {"stride": stride, "values": values})
+    return _sum(parts, "quads_in_fives", {"stride": stride, "values": values})
 
 
 def base3(parts: Arrays, *, block: int, runs: tuple[tuple[int, int], ...], first: str) -> Floats:
@@ -89,7 +86,7 @@ def base3(parts: Arrays, *, block: int, runs: tuple[tuple[int, int], ...], first
 
     `codes` (rows, cols / block, bytes). The scale converted to float32, one float32 product.
     """
-    return _sum(parts, BASE3, {"block": block, "runs": runs, "first": first})
+    return _sum(parts, "base3", {"block": block, "runs": runs, "first": first})
 
 
 def planes(parts: Arrays, *, zero: int, ratio: int) -> Floats:
@@ -99,7 +96,7 @@ def planes(parts: Arrays, *, zero: int, ratio: int) -> Floats:
     float32 on its own. With a `ratio` that is not 0 the planes share a scale, and plane p of n counts
     scale * ratio**(n - 1 - p), a float32 product.
     """
-    return _sum(parts, PLANES, {"zero": zero}, ratio)
+    return _sum(parts, "planes", {"zero": zero}, ratio)
 
 
 def plane_digits(parts: Arrays, *, count: int, ratio: int) -> Floats:
@@ -107,12 +104,12 @@ def plane_digits(parts: Arrays, *, count: int, ratio: int) -> Floats:
 
     `codes` (rows, 1, cols); a digit less 1 is the step.
     """
-    return _sum(parts, PLANE_DIGITS, {"count": count}, ratio)
+    return _sum(parts, "plane_digits", {"count": count}, ratio)
 
 
 def plane_base3(parts: Arrays, *, block: int, runs: tuple[tuple[int, int], ...], first: str, ratio: int) -> Floats:
     """`planes`, each in bytes of base 3. `codes` (rows, planes, cols / block, bytes)."""
-    return _sum(parts, PLANE_BASE3, {"block": block, "runs": runs, "first": first}, ratio)
+    return _sum(parts, "plane_base3", {"block": block, "runs": runs, "first": first}, ratio)
 
 
 def pairs(parts: Arrays) -> Floats:
@@ -120,7 +117,7 @@ def pairs(parts: Arrays) -> Floats:
 
     `codes` (rows, cols / 2); from 9 on they are two zeros. The scale converted to float32, one float32 product.
     """
-    return _sum(parts, PAIRS, {})
+    return _sum(parts, "pairs", {})
 
 
 def tl2(parts: Arrays, *, rows: int, cols: int, bm: int, bk: int) -> Floats:
@@ -129,7 +126,7 @@ def tl2(parts: Arrays, *, rows: int, cols: int, bm: int, bk: int) -> Floats:
     `codes` (n, m, bytes) of n * m matrices of (rows, cols), side by side and one below another, `scale` (n, m).
     The scale converted to float32, one float32 product.
     """
-    return _sum(parts, TL2, {"rows": rows, "cols": cols, "bm": bm, "bk": bk})
+    return _sum(parts, "tl2", {"rows": rows, "cols": cols, "bm": bm, "bk": bk})
 
 
 def ptq161(parts: Arrays) -> Floats:
@@ -184,7 +181,9 @@ def _each(function: np.ufunc, steps: Floats, scale: Floats) -> Floats:
     return split.reshape(steps.shape)
 
 
-def _sum(parts: Arrays, spelling: Spelling, params: Mapping[str, Any], ratio: int = 0) -> Floats:
+def _sum(parts: Arrays, grid: str, params: Mapping[str, Any], ratio: int = 0) -> Floats:
+    """Steps times scales, summed over planes."""
+    spelling = SPELLINGS[grid]
     steps = spelling.read(parts["codes"], **params)
     scale = scales(parts["scale"], steps.shape[1], spelling, ratio)
     out = _times(steps[:, 0].astype(F32), scale[:, 0])
@@ -192,233 +191,6 @@ def _sum(parts: Arrays, spelling: Spelling, params: Mapping[str, Any], ratio: in
         with np.errstate(all="ignore"):
             out += _times(steps[:, plane].astype(F32), scale[:, plane])
     return out
-
-
-def scales(scale: Array, count: int, spelling: Spelling, ratio: int = 0) -> Floats:
-    """The part `scale` as (rows, planes, groups) float32: one a plane, or one for all if codes have no planes."""
-    shape = scale.shape[:3] if spelling.plane_axis else (scale.shape[0], 1, scale.shape[1])
-    out = scale.astype(F32).reshape(shape)
-    if not ratio:
-        return out
-    weights = F32(ratio) ** np.arange(count - 1, -1, -1).astype(F32)
-    with np.errstate(over="ignore"):
-        tied: Floats = out * weights[None, :, None]
-    return tied
-
-
-# ---------------------------------------------------------------- spellings
-
-
-class Spelling(NamedTuple):
-    """How codes spell steps.
-
-    read : codes, and the grid's parameters -> (rows, planes, cols) whole numbers
-    write : the inverse; returns codes, and a bool for each of them that no code spells, or None if all are spelled
-    steps : lowest code, number of codes, and the grid's parameters -> what a step can be
-    plane_axis : whether codes and scales have an axis of planes after that of rows
-    """
-
-    read: Callable[..., Steps]
-    write: Callable[..., tuple[Array, Array | None]]
-    steps: Callable[..., tuple[float, ...]]
-    plane_axis: bool = False
-
-
-def _read_affine(codes: Array, *, zero: int) -> Steps:
-    return (codes.astype(np.int16) - np.int16(zero)).reshape(codes.shape[0], -1, codes.shape[-1])
-
-
-def _write_affine(steps: Steps, *, zero: int) -> tuple[Array, None]:
-    return steps[:, 0] + np.int16(zero), None
-
-
-def _write_planes(steps: Steps, *, zero: int) -> tuple[Array, None]:
-    return steps + np.int16(zero), None
-
-
-def _read_levels(codes: Array, *, values: tuple[int, ...]) -> Steps:
-    return np.array(values, np.int16)[codes][:, None]
-
-
-def _write_levels(steps: Steps, *, values: tuple[int, ...]) -> tuple[Array, None]:
-    low = min(values)
-    codes = np.zeros(max(values) - low + 1, np.uint8)
-    codes[np.array(values) - low] = np.arange(len(values))
-    return codes[steps - low], None
-
-
-def _quads_table(codes: Array | None, stride: int, values: tuple[tuple[int, ...], ...], count: int) -> Array:
-    found = np.array(values)
-    if found.dtype.kind != "i" or found.shape[1:] != (4,) or not 1 <= len(found) <= 81 or np.abs(found).max() > 1:
-        raise LayoutError("values: needs up to 81 quads of -1, 0 and 1")
-    if type(stride) is not int or not 1 <= stride <= count or count % stride:
-        raise LayoutError(f"stride {stride!r}, needs to divide {count} quads")
-    if codes is not None and codes.size and int(codes.max()) >= len(found):
-        raise LayoutError(f"code {int(codes.max())}, needs below {len(found)}")
-    return found.astype(np.int8)
-
-
-def _read_quads(codes: Array, *, stride: int, values: tuple[tuple[int, ...], ...]) -> Steps:
-    from packfmt.kernels import spell
-
-    flat = np.ascontiguousarray(codes.reshape(codes.shape[:2]), np.uint8)
-    if not flat.size:
-        return np.zeros((flat.shape[0], 1, 4 * flat.shape[1]), np.int8)
-    return spell.read_quads(flat, _quads_table(flat, stride, values, flat.shape[1]), stride)[:, None]
-
-
-def _write_quads(steps: Steps, *, stride: int, values: tuple[tuple[int, ...], ...]) -> tuple[Array, Array | None]:
-    from packfmt.kernels import spell
-
-    flat = np.ascontiguousarray(steps[:, 0], np.int8)
-    if not flat.size:
-        return np.zeros((flat.shape[0], flat.shape[1] // 4), np.uint8), None
-    return spell.write_quads(flat, _quads_table(None, stride, values, flat.shape[1] // 4), stride)
-
-
-def contiguous_quads(cols: int, stride: int) -> Array:
-    """(cols,) uint32: perm[j] is the column stored as column j, so that quads `stride` apart are neighbours."""
-    chunk = np.arange(4 * stride, dtype=np.uint32)
-    place = chunk // stride + 4 * (chunk % stride)
-    return (np.arange(0, cols, 4 * stride, dtype=np.uint32)[:, None] + place).reshape(-1)
-
-
-def _read_fives(codes: Array, **params: Any) -> Steps:
-    from packfmt.kernels import spell
-
-    if codes.dtype != np.uint16 or codes.shape[-1] != 5:
-        raise LayoutError(f"codes are {codes.dtype} {codes.shape}, needs five words of 16 bits for 16 quads")
-    return _read_quads(spell.read_fives(np.ascontiguousarray(codes)), **params)
-
-
-def _write_fives(steps: Steps, **params: Any) -> tuple[Array, Array | None]:
-    from packfmt.kernels import spell
-
-    codes, bad = _write_quads(steps, **params)
-    return spell.write_fives(codes), bad
-
-
-def _runs_table(block: int, runs: tuple[tuple[int, int], ...], first: str, nbytes: int) -> tuple[Array, bool]:
-    found = np.array(runs)
-    if found.dtype.kind != "i" or found.shape[1:] != (2,) or found.min() < 1 or found[:, 1].max() > 5:
-        raise LayoutError("runs: needs pairs of a count and 1 to 5 digits")
-    if int(found[:, 0].sum()) != nbytes or type(block) is not int or int(found.prod(1).sum()) != block:
-        raise LayoutError(f"runs of {found.prod(1).sum()} digits in {found[:, 0].sum()} bytes, needs {block} in {nbytes}")
-    if first not in ("high", "low"):
-        raise LayoutError(f"first {first!r}, needs high or low")
-    return found.astype(np.int64), first == "high"
-
-
-def _read_base3(codes: Array, *, block: int, runs: tuple[tuple[int, int], ...], first: str) -> Steps:
-    from packfmt.kernels import spell
-
-    if codes.dtype != np.uint8 or codes.ndim < 3:
-        raise LayoutError(f"codes are {codes.dtype} {codes.shape}, needs bytes of blocks")
-    found, high_first = _runs_table(block, runs, first, codes.shape[-1])
-    return spell.read_base3(np.ascontiguousarray(codes), block, found, high_first)[:, None]
-
-
-def _write_base3(steps: Steps, *, block: int, runs: tuple[tuple[int, int], ...], first: str) -> tuple[Array, None]:
-    from packfmt.kernels import spell
-
-    found, high_first = _runs_table(block, runs, first, sum(count for count, _ in runs))
-    return spell.write_base3(np.ascontiguousarray(steps[:, 0], np.int8), block, found, high_first), None
-
-
-def _read_plane_digits(codes: Array, *, count: int) -> Steps:
-    if type(count) is not int or not 1 <= count <= 5:
-        raise LayoutError(f"count {count!r}, needs 1 to 5")
-    flat = codes.reshape(codes.shape[0], codes.shape[-1]).astype(np.int16)
-    return np.stack([flat // 3 ** (count - 1 - p) % 3 - 1 for p in range(count)], 1)
-
-
-def _write_plane_digits(steps: Steps, *, count: int) -> tuple[Array, None]:
-    weights = np.array([3 ** (count - 1 - p) for p in range(count)], np.int16)
-    return ((steps + 1) * weights[None, :, None]).sum(1, dtype=np.int16)[:, None], None
-
-
-def _read_plane_base3(codes: Array, **params: Any) -> Steps:
-    rows, count = codes.shape[:2]
-    return _read_base3(codes.reshape(rows * count, *codes.shape[2:]), **params).reshape(rows, count, -1)
-
-
-def _write_plane_base3(steps: Steps, **params: Any) -> tuple[Array, None]:
-    rows, count, cols = steps.shape
-    codes, _ = _write_base3(steps.reshape(rows * count, 1, cols), **params)
-    return codes.reshape(rows, count, *codes.shape[1:]), None
-
-
-def _read_pairs(codes: Array) -> Steps:
-    from packfmt.kernels.tl2 import PAIRS as steps
-
-    if codes.size and int(codes.max()) >= len(steps):
-        raise LayoutError(f"code {int(codes.max())}, needs below {len(steps)}")
-    return steps[codes.reshape(codes.shape[:2])].reshape(len(codes), 1, -1)
-
-
-def _write_pairs(steps: Steps) -> tuple[Array, None]:
-    return 3 * steps[:, 0, ::2] + steps[:, 0, 1::2] + 4, None
-
-
-def _read_tl2(codes: Array, *, rows: int, cols: int, bm: int, bk: int) -> Steps:
-    from packfmt.kernels import tl2
-
-    nbytes = sum(tl2.areas(rows, cols, bm, bk)[1:])
-    if codes.ndim != 3 or codes.shape[2] != nbytes:
-        raise LayoutError(f"codes are {codes.shape}, needs {nbytes} bytes for a matrix of {(rows, cols)}")
-    down, along, _ = codes.shape
-    out = np.empty((down, rows, along, cols), np.int8)
-    for i, j in np.ndindex(down, along):
-        out[i, :, j] = tl2.read(codes[i, j], rows, cols, bm, bk)
-    return out.reshape(down * rows, 1, along * cols)
-
-
-def _write_tl2(steps: Steps, *, rows: int, cols: int, bm: int, bk: int) -> tuple[Array, None]:
-    from packfmt.kernels import tl2
-
-    nbytes = sum(tl2.areas(rows, cols, bm, bk)[1:])
-    cut = steps.reshape(steps.shape[0] // rows, rows, steps.shape[2] // cols, cols)
-    out = np.empty((len(cut), cut.shape[2], nbytes), np.uint8)
-    for i, j in np.ndindex(out.shape[:2]):
-        out[i, j] = tl2.write(cut[i, :, j], bm, bk)
-    return out, None
-
-
-def _whole_steps(low: int, count: int, /, *, zero: int) -> tuple[float, ...]:
-    return tuple(range(low - zero, low + count - zero))
-
-
-def _level_steps(low: int, count: int, /, *, values: tuple[float, ...]) -> tuple[float, ...]:
-    return values
-
-
-def _trits(low: int, count: int, /, **params: Any) -> tuple[float, ...]:
-    return TRITS
-
-
-AFFINE = Spelling(_read_affine, _write_affine, _whole_steps)
-LEVELS = Spelling(_read_levels, _write_levels, _level_steps)
-QUADS = Spelling(_read_quads, _write_quads, _trits)
-FIVES = Spelling(_read_fives, _write_fives, _trits)
-BASE3 = Spelling(_read_base3, _write_base3, _trits)
-PAIRS = Spelling(_read_pairs, _write_pairs, _trits)
-TL2 = Spelling(_read_tl2, _write_tl2, _trits)
-PLANES = Spelling(_read_affine, _write_planes, _whole_steps, True)
-PLANE_DIGITS = Spelling(_read_plane_digits, _write_plane_digits, _trits, True)
-PLANE_BASE3 = Spelling(_read_plane_base3, _write_plane_base3, _trits, True)
-SPELLINGS = {
-    "affine": AFFINE,
-    "quotient": AFFINE,
-    "levels": LEVELS,
-    "quads": QUADS,
-    "quads_in_fives": FIVES,
-    "base3": BASE3,
-    "planes": PLANES,
-    "plane_digits": PLANE_DIGITS,
-    "plane_base3": PLANE_BASE3,
-    "pairs": PAIRS,
-    "tl2": TL2,
-}
 
 
 # ---------------------------------------------------------------- whole tensors

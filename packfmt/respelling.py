@@ -1,7 +1,7 @@
 """The same numbers in a layout whose codes spell them otherwise: exact, or refused.
 
 `placement.repack` moves bits between layouts that have the same parts. Here codes become steps and steps
-become codes (`grids.Spelling`), and scales are copied to those that are shared differently or have another
+become codes (`spellings`), and scales are copied to those that are shared differently or have another
 dtype. Nothing is rounded: what does not fit is an error that names the step, quad or scale.
 
 What can be known from two layouts is `why_not` and `condition`; the rest only the numbers can tell.
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from packfmt.errors import LayoutError
-from packfmt.grids import F32, SPELLINGS, Floats, Steps, contiguous_quads, scales
 from packfmt.layout import Layout, dtype_of
 from packfmt.placement import Array, Arrays, pack, unpack
+from packfmt.spellings import F32, SPELLINGS, Floats, Steps, contiguous_quads, scales
 
 Shape = tuple[int, int]
 FLOATS = ("<f2", "<f4", "bfloat16")  # dtypes of scales, all exact in float32
@@ -40,7 +40,7 @@ def view(layout: Layout, shape: Shape) -> View | str:
     parts = layout.fit(*shape).parts
     if layout.grid.name not in SPELLINGS:
         return f"the numbers of {layout.name} are no steps times scales, but {layout.grid.name!r}"
-    if other := sorted(parts.keys() - {"codes", "scale", "perm"}) or sorted({"codes", "scale"} - parts.keys()):
+    if not {"codes", "scale"} <= parts.keys() <= {"codes", "scale", "perm"}:
         return f"{layout.name} has other parts: {', '.join(parts)}"
     codes, scale, params = parts["codes"], parts["scale"], dict(layout.grid.params)
     if scale.dtype not in FLOATS:
@@ -144,9 +144,8 @@ def _inverse(scale: Floats) -> Floats:
         odd = (np.frexp(np.abs(scale))[0] != 0.5) | ~np.isfinite(F32(1) / scale)
     if odd.any():
         at = _first(odd)
-        raise _Misfit(
-            f"scale {[at[0], at[2]]} is {scale[at]:.9g}, no power of two, and one divides by it where the other multiplies"
-        )
+        how = "no power of two, and one divides by it where the other multiplies"
+        raise _Misfit(f"scale {[at[0], at[2]]} is {scale[at]:.9g}, {how}")
     return (F32(1) / scale).astype(F32)
 
 
@@ -162,10 +161,7 @@ def _reorder(
     if a.perm == b.perm:
         return steps, scale, a.share
     spread = np.repeat(scale, a.share[1], 2)[:, :, : steps.shape[2]]
-    if perm is not None:
-        order = np.argsort(perm)
-    else:
-        order = contiguous_quads(steps.shape[2], target.grid["stride"])
+    order = np.argsort(perm) if perm is not None else contiguous_quads(steps.shape[2], target.grid["stride"])
     return steps[:, :, order], spread[:, :, order], (a.share[0], 1)
 
 
@@ -181,7 +177,7 @@ def _write(
         if value not in b.steps and (count := int((steps == value).sum())):
             raise _Misfit(f"{count} of {steps.size} weights are {value} times their scale, for which there is no code")
     cells = _Cells(steps, scale, share, b.share)
-    wanted = cells.regrouped(clear=b.quads)
+    wanted = cells.regrouped(clear=b.quads > 0)
     if b.ratio:
         wanted = _untied(wanted, cells, b)
     stored = _cast(wanted, b.dtype, cells.used_there if wanted.shape[1] > 1 or b.planes == 1 else None)
@@ -190,7 +186,8 @@ def _write(
         first = np.arange(bad.shape[1]) // params["stride"] * 4 * params["stride"]
         bad &= cells.used_there[:, 0][np.arange(shape[0])[:, None] // b.share[0], first // b.share[1]]
         if bad.any():
-            raise _Misfit(f"{bad.sum()} of {bad.size} quads have not exactly one zero, the first at {list(_first(bad))}")
+            at = list(_first(bad))
+            raise _Misfit(f"{bad.sum()} of {bad.size} quads have not exactly one zero, the first at {at}")
     part = fitted["codes"]
     out = {"codes": codes.astype(dtype_of(part.dtype)).reshape(part.shape)}
     out["scale"] = stored.reshape(fitted["scale"].shape)

@@ -45,7 +45,9 @@ def left(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "suffix"), ARRIVALS)
-def test_every_layout_arrives_in_every_container_that_holds_it(model: Path, tmp_path: Path, name: str, suffix: str) -> None:
+def test_every_layout_arrives_in_every_container_that_holds_it(
+    model: Path, tmp_path: Path, name: str, suffix: str
+) -> None:
     target = tmp_path / f"out{suffix}"
     report = conversion.convert(model, target, name, check=True)
     codec = codecs.get(name)

@@ -1,4 +1,4 @@
-"""The same numbers in codes that spell them otherwise: every ternary layout into every other, or a refusal that says why."""
+"""The same numbers in codes that spell them otherwise: between all ternary layouts, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_tied_planes_become_free_ones_and_come_back() -> None:
     parts = codecs.get("ptqtp2_tied").encode(normal(6, 256)).unpack()
     parts["scale"].view(np.uint16)[:] &= 0xFFFC  # so that three times it is a float16, too
     here = PackedTensor(layout, (6, 256), pack(layout, (6, 256), parts))
-    assert "every scale is a float16" == exact_if(layout, codecs.get("ptqtp2").layout, here.shape)
+    assert exact_if(layout, codecs.get("ptqtp2").layout, here.shape) == "every scale is a float16"
     there = here.repack(codecs.get("ptqtp2").layout)
     assert same(there.decode(), here.decode())
     assert same(there.repack(here.layout).components["blocks"], here.components["blocks"])
@@ -153,7 +153,9 @@ def test_a_quad_without_its_one_zero_is_named() -> None:
 def test_quads_side_by_side_are_not_quads_apart() -> None:
     said = refused("sherry", "sherry_s16", ternary((64, 512), SIDE))
     count = int(said.split(": ")[1].split()[0])
-    assert said.startswith("sherry to sherry_s16: ") and said.endswith("quads have not exactly one zero, the first at [0, 5]")
+    assert said.startswith("sherry to sherry_s16: ") and said.endswith(
+        "quads have not exactly one zero, the first at [0, 5]"
+    )
     assert 0.55 < count / (64 * 128) < 0.61, "of random zeros 27/64 leave one in a quad"
 
 
@@ -176,9 +178,7 @@ def test_a_scale_that_the_target_s_dtype_has_not_is_named(target: str, dtype: st
 def test_a_scale_that_divides_multiplies_only_as_a_power_of_two(source: str, target: str) -> None:
     said = refused(source, target, ternary((8, 512), scale=0.75))
     assert "no power of two, and one divides by it where the other multiplies" in said
-    assert "every scale is a power of two" in exact_if(
-        codecs.get(source).layout, codecs.get(target).layout, (8, 512)
-    )
+    assert "every scale is a power of two" in exact_if(codecs.get(source).layout, codecs.get(target).layout, (8, 512))
 
 
 def test_a_code_that_no_encoder_writes_is_refused() -> None:
@@ -221,7 +221,7 @@ def test_parts_that_no_spelling_knows_are_not_lost() -> None:
     more = Layout("more", (Component("codes", (rows(), cols()), (Codes("codes", 8),)),
                            Component("scale", (), (Values("scale", "<f4"),)),
                            Component("zero", (), (Values("zero", "<f4"),))), grid("affine", zero=1))  # fmt: skip
-    assert "more has other parts: codes, scale, zero" == respelling.why_not(more, codecs.get("i2_s").layout, (2, 256))
+    assert respelling.why_not(more, codecs.get("i2_s").layout, (2, 256)) == "more has other parts: codes, scale, zero"
 
 
 def test_no_rows_and_no_columns_are_respelled() -> None:
@@ -264,7 +264,9 @@ def test_perm_of_sherry_makes_quads_apart_of_quads_side_by_side() -> None:
     assert sorted(perm.tolist()) == list(range(512)) and perm[:3].tolist() == [0, 4, 8] and perm[16] == 1
     apart = PackedTensor(codecs.get("sherry_s16").layout, weight.shape, {"blocks": here.components["blocks"]})
     assert same(apart.decode(), weight[:, perm])
-    assert same(packed("sherry_s16", np.ascontiguousarray(weight[:, perm])).components["blocks"], here.components["blocks"])
+    assert same(
+        packed("sherry_s16", np.ascontiguousarray(weight[:, perm])).components["blocks"], here.components["blocks"]
+    )
     assert same(packed("sherry", weight).repack(here.layout).components["blocks"], here.components["blocks"])
 
 
@@ -276,7 +278,9 @@ def test_base3_bytes_that_digits_do_not_give_are_found() -> None:
     given_ = {(256 * q + 242) // 243 for q in range(243)}
     wrong = sum(int(b) not in given_ for b in codes.reshape(-1))
     assert 256 - len(given_) == 13 and wrong > 0
-    assert grids.findings(layout, parts) == [f"{wrong} of 260 bytes of codes are none of those that digits of base 3 give"]
+    assert grids.findings(layout, parts) == [
+        f"{wrong} of 260 bytes of codes are none of those that digits of base 3 give"
+    ]
 
 
 SPELLED = [
@@ -346,6 +350,8 @@ def test_rows_that_share_a_scale_are_kept_apart_from_columns_that_do() -> None:
     there = here.repack(codecs.get("q2_0").layout)
     assert same(there.decode() + F32(0), here.decode() + F32(0))
     assert same(there.repack(tiles).components["scale"], here.components["scale"])
-    with pytest.raises(LayoutError, match=r"scale \[0, 1\] is 2, that of weights before it 1, and 256 columns share one there"):
+    with pytest.raises(
+        LayoutError, match=r"scale \[0, 1\] is 2, that of weights before it 1, and 256 columns share one there"
+    ):
         here.repack(codecs.get("tq2_0").layout)
     assert dtype_of("<f4") == F32

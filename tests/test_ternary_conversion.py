@@ -81,7 +81,9 @@ def test_what_is_lossless_is_found_out_before_anything_is_written(tmp_path: Path
 
 def test_quads_that_run_the_other_way_are_counted(tmp_path: Path) -> None:
     source = model(tmp_path / "dense")
-    with pytest.raises(PlanError, match=r"down_proj.weight: .* weights change, .*; \d+ of 12288 quads are ternary, but"):
+    with pytest.raises(
+        PlanError, match=r"down_proj.weight: .* weights change, .*; \d+ of 12288 quads are ternary, but"
+    ):
         conversion.convert(source, tmp_path / "out", "sherry_s16", lossless=True)
     report = conversion.convert(source, tmp_path / "out", "sherry_s16")
     assert len(report.remarks) == 3
@@ -100,13 +102,18 @@ def test_columns_are_permuted_only_into_the_layout_that_says_so(tmp_path: Path) 
         plan = conversion.decode_plan(opened, tmp_path / "again")
         conversion.run(plan, opened, tmp_path / "again")
     assert same_files(source, tmp_path / "again")
-    with checkpoint.open(tmp_path / "perm") as opened, pytest.raises(PlanError, match="GGUF has no type for sherry_s16_perm"):
+    with (
+        checkpoint.open(tmp_path / "perm") as opened,
+        pytest.raises(PlanError, match="GGUF has no type for sherry_s16_perm"),
+    ):
         conversion.plan_for(opened, tmp_path / "out.gguf", Recipe("keep"))
 
 
 def test_a_refused_repacking_names_the_tensor_and_the_way_out(tmp_path: Path) -> None:
     conversion.convert(model(tmp_path / "dense"), tmp_path / "one", "tq2_0", lossless=True)
-    with pytest.raises(LayoutError, match=r"^down_proj.weight: tq2_0 to sherry_row: scale \[0, 1\] .*; --encoder NAME would"):
+    with pytest.raises(
+        LayoutError, match=r"^down_proj.weight: tq2_0 to sherry_row: scale \[0, 1\] .*; --encoder NAME would"
+    ):
         conversion.convert(tmp_path / "one", tmp_path / "two", "sherry_row")
     assert not (tmp_path / "two").exists()
     report = conversion.convert(tmp_path / "one", tmp_path / "two", "sherry_row", encoder="mean")
@@ -144,7 +151,10 @@ def test_importance_comes_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
         got = opened["a.weight"]
     want = codecs.get("sherry").encode(normal(64, 256), importance=costs)
     assert got.components["blocks"].tobytes() == want.components["blocks"].tobytes()
-    assert want.components["blocks"].tobytes() != codecs.get("sherry").encode(normal(64, 256)).components["blocks"].tobytes()
+    assert (
+        want.components["blocks"].tobytes()
+        != codecs.get("sherry").encode(normal(64, 256)).components["blocks"].tobytes()
+    )
     for name, shape, told in (("b.weight", 256, "b.weight is no weight"), ("a.weight", 255, "a.weight is [255], the")):
         save_file({name: np.ones(shape, np.float32)}, tmp_path / "bad.safetensors")
         assert run([*words, "--force", "--importance", str(tmp_path / "bad.safetensors")]) == 2

@@ -1,7 +1,7 @@
 """The import law: who may know whom, and what starting up may load.
 
-    errors <- layout <- placement <- grids <- codec <- plan, codecs, exporters <- checkpoint
-           <- verify <- conversion <- hub, cli
+    errors <- layout <- placement <- spellings <- grids, respelling, fused <- codec
+           <- plan, codecs, exporters <- checkpoint <- verify <- conversion <- hub, cli
 
 Imports inside functions count; those under `if TYPE_CHECKING` do not.
 """
@@ -24,12 +24,13 @@ LAW = {
     "layout": "description",  # where it is asked to read or write one
     "description": "layout",
     "placement": "layout kernels",
-    "grids": "layout placement kernels",
-    "respelling": "layout placement grids",
+    "spellings": "placement kernels",
+    "grids": "layout placement spellings kernels",
+    "respelling": "layout placement spellings",
     "fused": "layout placement grids kernels",
     "codec": "layout placement grids respelling fused kernels",
     "plan": "layout codec",
-    "codecs": "layout grids codec kernels",
+    "codecs": "layout spellings grids codec kernels",
     "exporters": "layout codec plan",
     "checkpoint": "layout placement grids codec plan codecs exporters",
     "verify": "layout placement grids codec plan codecs exporters checkpoint kernels",

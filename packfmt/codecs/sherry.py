@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from packfmt.codec import Codec
-from packfmt.grids import contiguous_quads
 from packfmt.kernels import blocks, spell, ternary
 from packfmt.layout import COLS, ROWS, Axis, Codes, Component, Digit, Layout, Values, cols, grid, rows
+from packfmt.spellings import contiguous_quads
 
 QUADS = Axis("quads", "cols", 4)
 FIFTH = Axis("fifth", size=5)
@@ -140,10 +140,19 @@ def _remark(weight: Weights, stride: int, group: int) -> str:
 
 
 def _codec(
-    layout: Layout, parts: Callable[..., dict[str, Weights]], stride: int, group: int, block: int = 0, amax: bool = False
+    layout: Layout,
+    parts: Callable[..., dict[str, Weights]],
+    stride: int,
+    group: int,
+    block: int = 0,
+    amax: bool = False,
 ) -> Codec:
     """`block`: of the layout's records, if they have the bytes that `kernels.blocks.sherry` writes."""
-    encoders: dict[str, Any] = {"mean": parts, "row": partial(parts, share="row"), "tensor": partial(parts, share="tensor")}
+    encoders: dict[str, Any] = {
+        "mean": parts,
+        "row": partial(parts, share="row"),
+        "tensor": partial(parts, share="tensor"),
+    }
     if amax:
         encoders["amax"] = partial(parts, scale_rule="amax")
     fast = {"mean": partial(blocks.sherry, stride=stride, block=block)} if block else {}
