@@ -22,6 +22,7 @@ from packfmt.plan import DENSE_AGAIN, MAX_SHARD, RESTORED, Plan, Recipe, Step, f
 
 Progress = Callable[[str], None]  # called with the tensor's name when a step is done
 NO_FOLDERS = (".onnx", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".npz", ".json", ".ggml", ".msgpack", ".zip")
+MOST_LINES = 8  # of refused tensors
 SPARE = 1 << 20  # bytes of disk wanted beside the tensors, for headers
 
 
@@ -116,7 +117,8 @@ def _survey(plan: Plan, model: Checkpoint) -> None:
             except LayoutError as error:
                 lines.append(f"{step.name}: {error}")
     if lines:
-        raise PlanError("\n".join(["--lossless: refused", *lines]))
+        more = [f"and {len(lines) - MOST_LINES} tensors more"] if len(lines) > MOST_LINES else []
+        raise PlanError("\n".join(["--lossless: refused", *lines[:MOST_LINES], *more]))
 
 
 def saved_plan(path: Path, model: Checkpoint, target: Path, container: str = "") -> Plan:

@@ -230,13 +230,13 @@ def _step(
     target, reason = _choose(info, recipe, rules)
     if target != KEEP and info.name + "_scale_inv" in index:
         raise PlanError("has a weight_scale_inv beside it, so its numbers alone are not the weight; not read yet")
-    if target not in (KEEP, DENSE_AGAIN) and not _fits(shelf[target].layout, info.shape):
+    if target not in (KEEP, DENSE_AGAIN) and (misfit := _misfit(shelf[target].layout, info.shape)):
+        have, noun, need = misfit
         if not recipe.fallback:
-            have, need = matrix(info.shape)[1], shelf[target].layout.block["cols"]
             raise PlanError(
-                f"{have} columns, {target} needs a multiple of {need}; choose with --fallback LAYOUT or --map"
+                f"{have} {noun}, {target} needs a multiple of {need}; choose with --fallback LAYOUT or --map"
             )
-        target, reason = recipe.fallback, f"--fallback, as {matrix(info.shape)[1]} columns do not fill {target}"
+        target, reason = recipe.fallback, f"--fallback, as {have} {noun} do not fill {target}"
     layout = _layout(info, target, shelf)
     layout.fit(*matrix(info.shape))  # the fallback may not fit either
     rounded = target in shelf and recipe.encoder in shelf[target].encoders
@@ -335,9 +335,13 @@ def stays(name: str, shape: tuple[int, ...], dtype: str) -> str:
     return ""
 
 
-def _fits(layout: Layout, shape: tuple[int, ...]) -> bool:
+def _misfit(layout: Layout, shape: tuple[int, ...]) -> tuple[int, str, int] | None:
+    """How many rows or columns a tensor has, which of both, and what they need be a multiple of; None if all fits."""
     rows, cols = matrix(shape)
-    return rows % layout.block["rows"] == 0 and cols % layout.block["cols"] == 0
+    for have, noun, need in (cols, "columns", layout.block["cols"]), (rows, "rows", layout.block["rows"]):
+        if have % need:
+            return have, noun, need
+    return None
 
 
 def _shards(steps: tuple[Step, ...], most: int, container: str) -> tuple[Step, ...]:

@@ -43,8 +43,13 @@ def kind(name: str) -> gguf.GGMLQuantizationType:
     return gguf.GGMLQuantizationType[name.upper()]
 
 
+def encoded(name: str, weight: Floats) -> PackedTensor:
+    """Packed by the encoder that gives gguf's bytes."""
+    return codecs.get(name).encode(weight, "ggml" if name in QUANTISED else "")
+
+
 def encode(name: str, weight: Floats) -> bytes:
-    (stored,) = codecs.get(name).encode(weight).components.values()
+    (stored,) = encoded(name, weight).components.values()
     return stored.tobytes()
 
 
@@ -338,8 +343,8 @@ def test_any_bytes_survive_unpack_and_pack(name: str) -> None:
 @quantised
 def test_encoding_what_was_decoded_gives_the_same_numbers(name: str) -> None:
     for weight in distributions():
-        once = codecs.get(name).encode(weight)
-        again = codecs.get(name).encode(once.decode())
+        once = encoded(name, weight)
+        again = encoded(name, once.decode())
         assert unsigned_zeros(again.decode()) == unsigned_zeros(once.decode())
 
 
@@ -423,7 +428,7 @@ def test_the_number_of_threads_changes_no_byte(name: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", (*QUANTISED, *DENSE))
 def test_no_rows_and_no_columns_encode(name: str) -> None:
     for shape in ((0, 256), (2, 0), (0, 0)):
-        packed = codecs.get(name).encode(np.zeros(shape, F32))
+        packed = encoded(name, np.zeros(shape, F32))
         assert packed.nbytes == 0 and packed.decode().shape == shape
 
 
@@ -448,9 +453,9 @@ def test_a_scale_beyond_float16_is_refused(name: str) -> None:
     weight[1, 3], weight[2, 250] = -limit, np.nextafter(F32(limit), F32(0))
     count = 3 * 256 // BLOCK[name]
     with pytest.raises(LayoutError, match=f"^{name}: 1 of {count} scales overflow float16; use bf16 or mxfp4$"):
-        codecs.get(name).encode(weight)
+        encoded(name, weight)
     weight[1, 3] = 0
-    assert np.isfinite(codecs.get(name).encode(weight).decode()).all()
+    assert np.isfinite(encoded(name, weight).decode()).all()
 
 
 @pytest.mark.kernels
@@ -460,14 +465,14 @@ def test_steps_without_inverse_get_codes_of_zero(name: str) -> None:
     zero = {"q8_0": 0, "q4_0": 8, "tq2_0": 1}[name]
     for step, plain in ((2.0**-128, True), (2.0**-149, True), (2.0**-127, False)):
         weight = np.full((1, 256), step * peaks_per_step, F32)
-        codes = codecs.get(name).encode(weight).unpack()["codes"]
+        codes = encoded(name, weight).unpack()["codes"]
         assert (codes == zero).all() == plain
 
 
 @pytest.mark.kernels
 def test_mxfp4_small_peaks_have_exponent_zero() -> None:
     weight = np.array([1.5, -0.5, 0.5, 7, -7.01, 0.501, 2, 0], F32).repeat(4)[None] * F32(2.0**-128)
-    packed = codecs.get("mxfp4").encode(weight)
+    packed = encoded("mxfp4", weight)
     assert packed.unpack()["scale"].tolist() == [[0]]
     assert packed.unpack()["codes"][0, ::4].tolist() == [1, 0, 0, 5, 14, 1, 2, 0]
 
@@ -476,7 +481,7 @@ def test_mxfp4_small_peaks_have_exponent_zero() -> None:
 def test_mxfp4_ties_go_toward_zero() -> None:
     halfway = [0.5, 1.5, 2.5, 3.5, 5, 7, 10, 8]
     weight = np.array([*halfway, *(-h for h in halfway)], F32).repeat(2)[None]
-    codes = codecs.get("mxfp4").encode(weight).unpack()["codes"][0, ::2]
+    codes = encoded("mxfp4", weight).unpack()["codes"][0, ::2]
     assert codes.tolist() == [0, 1, 2, 3, 4, 5, 6, 6, 0, 9, 10, 11, 12, 13, 14, 14]
 
 
@@ -485,8 +490,8 @@ def test_mxfp4_ties_go_toward_zero() -> None:
 def test_a_cast_that_would_make_an_infinity_is_refused(name: str, limit: float, wider: str) -> None:
     weight = np.array([[limit, -limit, np.inf, np.nan, np.nextafter(F32(limit), F32(0))]], F32)
     with pytest.raises(LayoutError, match=f"^{name}: 2 of 5 weights overflow .*; use {wider}$"):
-        codecs.get(name).encode(weight)
-    got = codecs.get(name).encode(weight[:, 2:]).decode()[0]
+        encoded(name, weight)
+    got = encoded(name, weight[:, 2:]).decode()[0]
     assert np.isposinf(got[0]) and np.isnan(got[1]) and np.isfinite(got[2])
 
 

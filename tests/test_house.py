@@ -211,6 +211,91 @@ def test_vectors_must_be_listed_and_have_their_hash(tool, tmp_path: Path, monkey
     assert "extra.bin: not in" in found and "gone.bin: in" in found and "x.bin: sha256" in found
 
 
+BROKEN = "<!-- layout i2_s -->\nold\n<!-- /layout i2_s -->\n"
+
+
+@pytest.fixture
+def tables(tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tools/spec_tables.py on an empty spec, with vectors of whatever is asked for."""
+    found = tool("spec_tables")
+    monkeypatch.setattr(found.house, "ROOT", tmp_path)
+    monkeypatch.setattr(found, "PAGES", tmp_path)
+    monkeypatch.setattr(found, "VECTORS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["spec_tables.py"])
+    for name in ("q4_0", "i2_s", "i2_s_arm", "mote_8"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "packed.bin").write_bytes(b"1")
+    return found
+
+
+def write_page(folder: Path, name: str, body: str, tables: ModuleType) -> Path:
+    path = folder / f"{name}.md"
+    path.write_text(f"# {name}\n" + "".join(f"\n## {h}\n" for h in tables.HEADINGS) + body)
+    return path
+
+
+def test_a_page_of_one_format_is_filled(tables: ModuleType, tmp_path: Path) -> None:
+    path = write_page(tmp_path, "q4_0", "<!-- layout -->\n<!-- /layout -->\n", tables)
+    assert tables.look("q4_0", ("q4_0",)) == []
+    assert codecs.get("q4_0").layout.id in path.read_text()
+
+
+def test_a_page_of_a_family_has_a_table_for_each_format(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("i2_s", "i2_s_arm")
+    marks = "".join(f"<!-- layout {n} -->\n<!-- /layout {n} -->\n" for n in names)
+    path = write_page(tmp_path, "i2_s", marks, tables)
+    assert tables.look("i2_s", names) == []
+    assert [codecs.get(n).layout.id in path.read_text() for n in names] == [True, True]
+    monkeypatch.setattr(sys, "argv", ["spec_tables.py", "--check"])
+    assert tables.look("i2_s", names) == []
+    path.write_text(path.read_text().replace("float32", "float64", 1))
+    (stale,) = tables.look("i2_s", names)
+    assert stale.startswith("i2_s.md: what stands after <!-- layout i2_s") and "stale" in stale
+
+
+def test_a_page_without_a_table_or_with_one_too_many_is_found(tables: ModuleType, tmp_path: Path) -> None:
+    write_page(tmp_path, "i2_s", BROKEN + BROKEN.replace("i2_s", "i2_t"), tables)
+    found = tables.look("i2_s", ("i2_s", "i2_s_arm"))
+    assert [line for line in found if "<!-- layout i2_t -->, which none" in line]
+    assert [line for line in found if "needs one <!-- layout i2_s_arm -->" in line] and len(found) == 2
+
+
+def test_a_page_or_vectors_that_are_missing_are_found(tables: ModuleType) -> None:
+    assert "missing; copy the headings" in tables.look("q4_0", ("q4_0",))[0]
+    assert "spec/vectors/q8_0: missing" in tables.look("q8_0", ("q8_0",))[0]
+
+
+def test_a_page_of_formats_with_numbers_in_their_names_has_examples(tables: ModuleType, tmp_path: Path) -> None:
+    path = write_page(tmp_path, "mote", "", tables)
+    assert "has no example" in tables.look("mote", ())[0]
+    path.write_text(path.read_text() + "<!-- layout mote_8 -->\n<!-- /layout mote_8 -->\n")
+    assert tables.look("mote", ()) == []
+    assert codecs.get("mote_8").layout.id in path.read_text()
+    path.write_text(path.read_text() + "<!-- layout moat_8 -->\n<!-- /layout moat_8 -->\n")
+    assert "moat_8" in tables.look("mote", ())[0]
+    (tmp_path / "mote_8" / "packed.bin").unlink()
+    assert "spec/vectors/mote_<experts>: missing" in tables.look("mote", ())[0]
+
+
+def test_a_long_table_of_a_grid_is_told_in_words(tables: ModuleType) -> None:
+    assert tables.number(codecs.get("sherry").layout.grid["values"]) == "32 quads, below"
+    assert tables.number(((32, 5), (4, 4))) == "((32, 5), (4, 4))"
+
+
+def test_what_is_rounded_up_is_told(tables: ModuleType) -> None:
+    assert "- rounded up: rows to a multiple of 32\n" in tables.table(codecs.get("sherry_t32").layout)
+    assert "rounded up" not in tables.table(codecs.get("sherry").layout)
+
+
+def test_every_listed_format_is_described(tool) -> None:
+    families = tool("layouts_json").families()
+    assert {name for names in families.values() for name in names} == set(codecs.names())
+    assert set(tool("layouts_json").described()) == set(codecs.names())
+    assert families["mote"] == () and families["sherry"] == codecs.FAMILIES["sherry"]
+
+
 def test_a_release_collects_every_fragment_once(tool, tmp_path: Path, monkeypatch) -> None:
     log = tool("changelog")
     monkeypatch.setattr(log.house, "ROOT", tmp_path)

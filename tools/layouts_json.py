@@ -9,6 +9,7 @@ A name is for life. Other bytes or other numbers are another format with another
 from __future__ import annotations
 
 import json
+import pkgutil
 import sys
 from typing import Any
 
@@ -19,9 +20,15 @@ from packfmt.layout import Layout
 TARGET = house.SPEC / "layouts.json"
 
 
+def families() -> dict[str, tuple[str, ...]]:
+    """Every module of this tree's packfmt/codecs, and the formats that it lists: none if numbers make their names."""
+    modules = sorted(m.name for m in pkgutil.iter_modules([str(house.PACKAGE / "codecs")]))
+    return {m: () if m in codecs.PATTERNS else codecs.FAMILIES.get(m, (m,)) for m in modules}
+
+
 def described() -> dict[str, Any]:
-    """Name -> id and description, of every format of this tree."""
-    layouts = {name: codecs.get(name).layout for name in house.formats()}
+    """Name -> id and description, of every listed format of this tree."""
+    layouts = {name: codecs.get(name).layout for names in families().values() for name in names}
     return {name: {"id": layout.id, "layout": layout.to_json()} for name, layout in layouts.items()}
 
 

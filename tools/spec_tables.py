@@ -1,9 +1,13 @@
-"""Fill the table of every page in spec/formats from the layout itself, and the rules in spec/README.md.
+"""Fill the tables of every page in spec/formats from the layouts themselves, and the rules in spec/README.md.
 
     python tools/spec_tables.py             rewrite what stands between <!-- layout --> and <!-- /layout -->
     python tools/spec_tables.py --check     compare only
 
-Both look whether every format has a page with the fixed headings, and vectors.
+A module of packfmt/codecs has a page. If it holds a family, the page has a table for each of its formats,
+between <!-- layout NAME --> and <!-- /layout NAME -->; if numbers make the names of its formats, for those
+that the page takes as examples.
+
+Both look whether every page is there with the fixed headings, and every format has vectors.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from math import lcm
 from pathlib import Path
 
 import house
+from layouts_json import families
 from packfmt import codecs
 from packfmt.layout import DENSE, REST, WORD, Codes, Component, Digit, Layout, Member, Placed, Stream, Values, dtype_of
 from packfmt.verify import RULES
@@ -22,6 +27,8 @@ from packfmt.verify import RULES
 PAGES = house.SPEC / "formats"
 VECTORS = house.SPEC / "vectors"
 HEADINGS = ["Purpose", "Bytes", "Numbers and rounding", "Worked example", "Edge cases", "Sources", "History"]
+LONG = 8  # more tuples than these in a grid's parameter the page tells in words of its own
+TUPLES = {2: "pairs", 3: "threes", 4: "quads"}
 COLUMNS = ("component", "stored as", "cells over", "at", "part", "width", "where in the cell", "meaning")
 
 
@@ -125,7 +132,10 @@ def table(layout: Layout) -> str:
             first = ("", "", "")
     grid = ", ".join([f"`{layout.grid.name}`", *(f"{k} = {number(v)}" for k, v in layout.grid.params)])
     needs = " and ".join(f"{n} {side}" for side, n in block.items() if n > 1) or "nothing"
-    facts = {"needs a multiple of": needs, "bits a weight": f"{layout.bits_per_weight:.6g}", "grid": grid}
+    facts = {"needs a multiple of": needs}
+    if padded := [f"{a.name} to a multiple of {a.pad * a.per}" for a in layout.axes if a.pad > 1]:
+        facts["rounded up"] = ", ".join(padded)
+    facts |= {"bits a weight": f"{layout.bits_per_weight:.6g}", "grid": grid}
     facts["id"] = f"`{layout.id}`"
     return "\n".join([*lines, "", *(f"- {what}: {value}" for what, value in facts.items()), ""])
 
@@ -135,6 +145,8 @@ def row(*cells: str) -> str:
 
 
 def number(value: object) -> str:
+    if isinstance(value, tuple) and len(value) > LONG and isinstance(value[0], tuple):
+        return f"{len(value)} {TUPLES[len(value[0])]}, below"
     if isinstance(value, tuple):
         return "(" + ", ".join(map(number, value)) + ")"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -163,25 +175,50 @@ def fill(page: Path, mark: str, text: str) -> list[str]:
     return []
 
 
-def look(name: str) -> list[str]:
-    """Fill a format's page; what is missing or wrong on it."""
-    page, findings = PAGES / f"{name}.md", []
-    if name not in DENSE and not any((VECTORS / name).glob("*")):
-        findings.append(f"spec/vectors/{name}: missing; a format needs bytes that another tool made")
-    if not page.exists():
-        return [*findings, f"{house.place(page)}: missing; copy the headings of another page"]
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+def formats(page: str, listed: tuple[str, ...], text: str) -> dict[str, str]:
+    """The formats that a page describes, and each one's mark."""
+    if page not in codecs.PATTERNS:
+        return {name: f"layout {name}" if page in codecs.FAMILIES else "layout" for name in listed}
+    examples = re.findall(r"^<!-- layout (\S+) -->$", text, re.M)
+    return {name: f"layout {name}" for name in examples if re.fullmatch(codecs.PATTERNS[page][0], name)}
+
+
+def look(page: str, listed: tuple[str, ...]) -> list[str]:
+    """Fill a module's page; what is missing or wrong on it."""
+    path = PAGES / f"{page}.md"
+    text = path.read_text() if path.exists() else ""
+    marks = formats(page, listed, text)
+    there = {p.parent.name for p in VECTORS.glob("*/*")} | set(DENSE)
+    findings = [
+        f"spec/vectors/{name}: missing; a format needs bytes that another tool made"
+        for name in listed
+        if name not in there
+    ]
+    if page in codecs.PATTERNS and not any(re.fullmatch(codecs.PATTERNS[page][0], name) for name in there):
+        findings.append(f"spec/vectors/{codecs.PATTERNS[page][1]}: missing; one of these formats needs bytes")
+    if not text:
+        return [*findings, f"{house.place(path)}: missing; copy the headings of another page"]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     headings = re.findall(r"^(#{1,2} .*?)\s*$", prose, re.M)
-    if headings != (wanted := [f"# {name}", *(f"## {h}" for h in HEADINGS)]):
-        findings.append(f"{house.place(page)}: has {', '.join(headings)}; needs {', '.join(wanted)}")
-    return findings + fill(page, "layout", table(codecs.get(name).layout))
+    if headings != (wanted := [f"# {page}", *(f"## {h}" for h in HEADINGS)]):
+        findings.append(f"{house.place(path)}: has {', '.join(headings)}; needs {', '.join(wanted)}")
+    if strange := sorted(set(re.findall(r"<!-- /?(layout.*?) -->", text)) - set(marks.values())):
+        findings.append(f"{house.place(path)}: has <!-- {strange[0]} -->, which none of its formats is called")
+    elif not marks:
+        findings.append(f"{house.place(path)}: has no example; write <!-- layout NAME --> and <!-- /layout NAME -->")
+    for name, mark in marks.items():
+        findings += fill(path, mark, table(codecs.get(name).layout))
+    return findings
 
 
 def main() -> int:
-    names = house.formats()
-    findings = [line for name in names for line in look(name)] + fill(house.SPEC / "README.md", "rules", rules())
-    findings += [f"{house.place(p)}: no format is called so" for p in PAGES.glob("*.md") if p.stem not in names]
-    return house.tell(findings, f"{len(names)} pages agree with their layouts")
+    pages = families()
+    findings = [line for page, listed in pages.items() for line in look(page, listed)]
+    findings += fill(house.SPEC / "README.md", "rules", rules())
+    findings += [
+        f"{house.place(p)}: packfmt/codecs has no such module" for p in PAGES.glob("*.md") if p.stem not in pages
+    ]
+    return house.tell(findings, f"{len(pages)} pages agree with their layouts")
 
 
 if __name__ == "__main__":

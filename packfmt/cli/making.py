@@ -60,7 +60,9 @@ def convert(
     lossless: Lossless = False,
     importance: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="a safetensors file: for weights by name, what an error in each column costs"),
+        typer.Option(
+            metavar="FILE", help="a safetensors file: for weights by name, what an error in each column costs"
+        ),
     ] = None,
     read_as: ReadAs = None,
     base: Base = None,

@@ -48,7 +48,9 @@ Saved = Annotated[
 ReadAs = Annotated[
     list[str] | None,
     typer.Option(
-        "--read-as", metavar="TYPE=LAYOUT", help="what a GGUF's type holds, where the file does not say: STQ1_0=sherry_s16"
+        "--read-as",
+        metavar="TYPE=LAYOUT",
+        help="what a GGUF's type holds, where the file does not say: STQ1_0=sherry_s16",
     ),
 ]
 Base = Annotated[

@@ -70,7 +70,8 @@ def get(name: str) -> Codec:
             made: Codec = import_module(f"{__name__}.{module}").codec(name)
             return made
     if name not in _modules():
-        near = get_close_matches(name, names(), 3, 0.5)
+        called = [n for n in names() if name.upper() in (other.upper() for _, other in get(n).layout.also)]
+        near = called or get_close_matches(name, names(), 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
         raise PlanError(f"no format is called {name!r}; {hint}")
     holder = import_module(_modules()[name])

@@ -87,7 +87,7 @@ def refusal(layout: Layout, shape: tuple[int, ...]) -> str:
                 f"{known.name} has the bytes of {layout.name}, but readers would take them for {known.choices[0]}, "
                 f"as {known.why}; repack to {known.instead}, which is exact"
             )
-    return f"GGUF has no type for {layout.name}; its types are {', '.join(ggml_types())}"
+    return f"GGUF has no type for {layout.name}; packfmt formats says which layouts it holds"
 
 
 def name_refusal(name: str) -> str:
