@@ -36,6 +36,7 @@ Ints = npt.NDArray[np.int64]
 Decoder = Callable[[tuple[int, int], Arrays, Floats], bool]
 Formula = Callable[[Bytes, "Places", Floats, Floats], None]  # records, places, scale, out
 
+LEAST_WEIGHTS: Final = 1 << 19  # worth a thread: a tenth of a millisecond
 MOST_CODES: Final = 1 << 12  # of a cell
 FEW_CODES: Final = 256  # cells of fewer are read several at a time
 PARAMETERS: Final = {
@@ -61,9 +62,10 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays, out: Floa
     """
     if out is not None and (out.shape != shape or out.dtype != F32 or not out.flags.carray):
         raise LayoutError(f"out is {out.dtype} {out.shape}, needs a writable C-contiguous float32 {shape}")
-    target = np.empty(shape, F32) if out is None else out
-    if (run := decoder(layout)) and run(shape, components, target):
-        return target
+    if run := decoder(layout):
+        target = np.empty(shape, F32) if out is None else out
+        if run(shape, components, target):
+            return target
     weights = grids.decode(layout, shape, components)
     if out is None:
         return weights
@@ -91,7 +93,6 @@ def decoder(layout: Layout) -> Decoder | None:
 
     def run(shape: tuple[int, int], components: Arrays, out: Floats) -> bool:
         from packfmt.kernels import threads
-        from packfmt.kernels.quantize import LEAST_WEIGHTS
 
         rows, cols = shape
         wanted = described(shape)
@@ -164,16 +165,17 @@ def _cells(layout: Layout, part: str) -> Cells:
     rows, name = layout.axes[0].name, layout.axes[1].name
     over = {d.axis: d for d in home.over}
     _check(list(over) in ([], [rows], [rows, name]) and len(over) == len(home.over))
-    _check(
-        all(d.size == REST and not d.reverse for d in over.values()) and (rows not in over or over[rows].stride == 1)
-    )
+    _check(all(d.size == REST and not d.reverse for d in home.over))
+    _check(rows not in over or over[rows].stride == 1)
     step = over[name].stride if name in over else 0
+    _check(step or (name not in over and all(d.size == 1 for m in members for d in (*m.units, *m.fields))))
     share = fitted.parts[part].share
     _check(share[0] == 1 or not over)
     axis, count, each = name, max(1, step // max(1, share[1])), share[1]
     if len(layout.axes) == 3 and fitted.parts[part].shape[2] > 1:  # bytes of a block
         _check(step and share[1] == step and not layout.axes[2].of)
         axis, count, each = layout.axes[2].name, layout.axes[2].size, share[2]
+    _check(count <= MOST_CODES)
     columns = step * layout.axes[1].per
     return Cells(home.name, bool(over), columns, placed.cell_bytes, count, each, axis, members)
 
@@ -217,7 +219,6 @@ def _places(layout: Layout, cells: Cells, together: int) -> Places:
     """
     from packfmt.kernels.blocks import Places
 
-    _check(cells.count <= MOST_CODES)
     runs: list[tuple[int, ...]] = []
     eights: list[tuple[int, ...]] = []
     digits: list[tuple[int, ...]] = []
@@ -235,7 +236,7 @@ def _places(layout: Layout, cells: Cells, together: int) -> Places:
                 byte, code = byte + n, code + n * each
             count = code
             powers = powers if layout.grid["first"] == "high" else powers[::-1]
-        elif m.bits in EIGHTS and count % 8 == 0 and at[0] % 8 == 0 and (np.diff(at) == m.bits).all():
+        elif not runs and _side_by_side(at, m.bits):  # for the kernel reads eights before runs
             eights.append((int(at[0]) // 8, count // 8, m.bits, 0, m.low))
         else:
             runs += [(*run, m.low) for run in _runs(at, m.bits)]
@@ -248,6 +249,11 @@ def _places(layout: Layout, cells: Cells, together: int) -> Places:
         np.array(digits, np.int64).reshape(-1, 4),
         np.array(powers, np.uint8),
     )
+
+
+def _side_by_side(at: Ints, bits: int) -> bool:
+    """Whether whole eights of fields follow each other from a byte's first bit on."""
+    return bits in EIGHTS and len(at) % 8 == 0 and at[0] % 8 == 0 and bool((np.diff(at) == bits).all())
 
 
 def _runs(at: Ints, bits: int) -> list[tuple[int, int, int, int, int, int]]:
@@ -298,7 +304,8 @@ def _numbers(layout: Layout, cells: Cells) -> Callable[[npt.NDArray[Any], int], 
         def by_row(start: int, stop: int) -> Floats:
             mine = np.ascontiguousarray(found[start:stop] if cells.per_row else found)
             flat = mine.reshape(len(mine), -1)
-            return flat.view(dtype).astype(F32) if powers is None else powers[flat]
+            with np.errstate(over="ignore"):
+                return flat.view(dtype).astype(F32) if powers is None else powers[flat]
 
         return by_row
 
@@ -316,6 +323,7 @@ def _formula(layout: Layout, group: int) -> Formula:
     name, params = layout.grid.name, dict(layout.grid.params)
     part = layout.fit(1, layout.block["cols"]).parts["codes"]
     _check(name in PARAMETERS and set(params) == PARAMETERS[name] and part.bits <= 8)
+    _check(len(layout.axes) == 2 + (name == "base3") and layout.axes[1].per == (4 if name == "quads" else 1))
     if name in ("affine", "base3"):
         zero = float(F32(params.get("zero", 1)))
         if name == "base3":
@@ -332,7 +340,7 @@ def _formula(layout: Layout, group: int) -> Formula:
         _check(
             values.dtype.kind == "i" and values.shape[1:] == (4,) and np.abs(values).max() <= 1 and len(values) <= 81
         )
-        _check(type(stride) is int and stride > 0 and group % (4 * stride) == 0 and layout.axes[1].per == 4)
+        _check(type(stride) is int and stride > 0 and group % (4 * stride) == 0)
         return lambda *args: _blocks().quads(*args, values.astype(F32), stride)
     _check(values.ndim == 1)
     return lambda *args: _blocks().levels(*args, values.astype(F32))

@@ -40,18 +40,18 @@ def plain(parts: Arrays) -> Floats:
 def affine(parts: Arrays, *, zero: int) -> Floats:
     """w = scale * (code - zero): the scale converted to float32, one float32 product."""
     steps = parts["codes"].astype(F32) - F32(zero)
-    return _times(steps, parts["scale"].astype(F32))
+    return _times(steps, _float32(parts["scale"]))
 
 
 def quotient(parts: Arrays, *, zero: int) -> Floats:
     """w = (code - zero) / scale: the scale converted to float32, one float32 division."""
     steps = parts["codes"].astype(F32) - F32(zero)
-    return _each(np.divide, steps, parts["scale"].astype(F32))
+    return _each(np.divide, steps, _float32(parts["scale"]))
 
 
 def levels(parts: Arrays, *, values: tuple[float, ...]) -> Floats:
     """w = values[code] * scale: the scale converted to float32, one float32 product."""
-    return _times(np.array(values, F32)[parts["codes"]], parts["scale"].astype(F32))
+    return _times(np.array(values, F32)[parts["codes"]], _float32(parts["scale"]))
 
 
 def table(parts: Arrays, *, values: tuple[float, ...], exponent: int) -> Floats:
@@ -145,7 +145,7 @@ def ptq161(parts: Arrays) -> Floats:
     with np.errstate(all="ignore"):
         out[:, few] = (codes.astype(F32) - row["salient_zero"]) * row["salient_scale"]
         two = np.where(signs == 1, row["mean"] + row["scale"], row["mean"] - row["scale"])
-        out[:, ~few] = two * parts["factor"].astype(F32).reshape(1, -1)
+        out[:, ~few] = two * _float32(parts["factor"]).reshape(1, -1)
     return out
 
 
@@ -165,6 +165,12 @@ GRIDS: dict[str, Callable[..., Floats]] = {
     "tl2": tl2,
     "ptq161": ptq161,
 }
+
+
+def _float32(scale: Array) -> Floats:
+    """Rounded half to even; float64 may overflow to infinity."""
+    with np.errstate(over="ignore"):
+        return scale.astype(F32)
 
 
 def _times(steps: Floats, scale: Floats) -> Floats:

@@ -19,7 +19,6 @@ from random_layouts import layouts, tasks
 
 from packfmt import codecs, fused, grids
 from packfmt.errors import LayoutError
-from packfmt.kernels import quantize
 from packfmt.layout import (
     COLS,
     ROWS,
@@ -314,7 +313,7 @@ def test_every_group_of_five_digits_decodes_from_its_base_3_byte() -> None:
 
 @pytest.mark.kernels
 def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(fused, "LEAST_WEIGHTS", 1)
     for layout in [codecs.get(name).layout for name in FITS]:
         shape = (7, layout.block["cols"])
         components = random_components(layout, shape, 4)

@@ -6,7 +6,6 @@ Importing this makes the tree's own packfmt importable, installed or not.
 from __future__ import annotations
 
 import ast
-import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,8 +49,3 @@ def place(path: Path, node: ast.AST | None = None) -> str:
     """file:line, as editors open it."""
     line = getattr(node, "lineno", None)
     return f"{path.relative_to(ROOT)}" + (f":{line}" if line else "")
-
-
-def formats() -> list[str]:
-    """The formats of this tree, without those of other installed packages."""
-    return sorted(m.name for m in pkgutil.iter_modules([str(PACKAGE / "codecs")]))

@@ -37,6 +37,8 @@ def _layout(name: str, block: int, sources: tuple[str, ...]) -> Layout:
 
 # "best" is the least squared error of steps -1 to 1
 CODECS = {
-    "q2_0": Codec(_layout("q2_0", 64, GGML), {"best": partial(ternary.ternary, group=64), "ggml": ternary.q2_0}),
-    "pq2_0": Codec(_layout("pq2_0", 128, PRISM), {"best": partial(ternary.ternary, group=128)}),
+    "q2_0": Codec(
+        _layout("q2_0", 64, GGML), {"best": partial(ternary.ternary, group=64, name="q2_0"), "ggml": ternary.q2_0}
+    ),
+    "pq2_0": Codec(_layout("pq2_0", 128, PRISM), {"best": partial(ternary.ternary, group=128, name="pq2_0")}),
 }

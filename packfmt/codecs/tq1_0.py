@@ -33,7 +33,7 @@ LAYOUT = blocks(
 
 def best(weight: np.ndarray) -> dict[str, np.ndarray]:
     """Least squared error (`ternary.ternary`)."""
-    return _spelled(ternary.ternary(weight, BLOCK))
+    return _spelled(ternary.ternary(weight, BLOCK, name="tq1_0"))
 
 
 def ggml(weight: np.ndarray) -> dict[str, np.ndarray]:

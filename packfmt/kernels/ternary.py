@@ -115,7 +115,9 @@ def misfits(weight: np.ndarray, stride: int, group: int) -> int:
     return int(counts.sum())
 
 
-def ternary(weight: np.ndarray, group: int, share: str = "group", dtype: str = "<f2") -> dict[str, np.ndarray]:
+def ternary(
+    weight: np.ndarray, group: int, share: str = "group", dtype: str = "<f2", name: str = "ternary"
+) -> dict[str, np.ndarray]:
     """The steps and the scale of the least squared error, in every group, row or tensor.
 
     Of the k largest magnitudes kept, their mean is the scale, and the error falls by sum**2 / k; the k
@@ -129,6 +131,7 @@ def ternary(weight: np.ndarray, group: int, share: str = "group", dtype: str = "
     group : columns that share a scale
     share : "group", "row" or "tensor"
     dtype : of the scale, "<f2" or "<f4"
+    name : of the format, for errors
 
     Returns
     -------
@@ -139,7 +142,7 @@ def ternary(weight: np.ndarray, group: int, share: str = "group", dtype: str = "
     LayoutError
         If a scale overflows its dtype, or group or share do not fit.
     """
-    units = _units("ternary", weight, group, 1, share)
+    units = _units(name, weight, group, 1, share)
     scale = np.empty(len(units), F32)
     codes = np.empty(units.shape, np.uint8)
     bits = units.view(np.uint32)
@@ -153,7 +156,7 @@ def ternary(weight: np.ndarray, group: int, share: str = "group", dtype: str = "
             _least_error(magnitude.view(F32), scale[mine])
 
     _share(choose, units)
-    part = _spread("ternary", weight, group, units, scale, dtype)
+    part = _spread(name, weight, group, units, scale, dtype)
     half = part.reshape(-1)[:: max(1, units.shape[1] // group)].astype(F32) * HALF
 
     def take(start: int, stop: int) -> None:
