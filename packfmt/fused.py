@@ -82,6 +82,7 @@ def decoder(layout: Layout) -> Decoder | None:
     """
     try:
         codes, scale = _cells(layout, "codes"), _cells(layout, "scale")
+        _check(codes.cols and codes.share == 1)
         formula = _formula(layout, scale.cols // scale.count or codes.cols)
         numbers = _numbers(layout, scale)
         _places(layout, codes, 1)
@@ -327,6 +328,7 @@ def _formula(layout: Layout, group: int) -> Formula:
     if name in ("affine", "base3"):
         zero = float(F32(params.get("zero", 1)))
         if name == "base3":
+            _check(part.dtype == "u1")
             runs = np.array(params["runs"])
             _check(runs.dtype.kind == "i" and runs.shape[1:] == (2,) and runs.min() > 0 and runs[:, 1].max() <= 5)
             _check(params["first"] in ("high", "low") and params["block"] == runs.prod(1).sum() == part.share[1])

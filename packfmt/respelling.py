@@ -19,6 +19,8 @@ from packfmt.placement import Array, Arrays, pack, unpack
 from packfmt.spellings import F32, SPELLINGS, Floats, Steps, contiguous_quads, scales
 
 Shape = tuple[int, int]
+WRONG = (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError)  # parameters or parts
+MOST_BITS = 8  # of a code that spells steps; more spell too many to compare
 FLOATS = ("<f2", "<f4", "bfloat16")  # dtypes of scales, all exact in float32
 
 
@@ -45,11 +47,16 @@ def view(layout: Layout, shape: Shape) -> View | str:
     codes, scale, params = parts["codes"], parts["scale"], dict(layout.grid.params)
     if scale.dtype not in FLOATS:
         return f"the scales of {layout.name} are {dtype_of(scale.dtype).name}"
+    if codes.bits > MOST_BITS:
+        return f"the codes of {layout.name} have {codes.bits} bits"
     ratio = params.pop("ratio", 0)
     lowest = -(1 << codes.bits - 1) if codes.dtype.startswith(("i", "<i")) else 0
-    steps = frozenset(SPELLINGS[layout.grid.name].steps(lowest, codes.levels or 1 << codes.bits, **params))
-    if any(s != int(s) for s in steps):
-        return f"the steps of {layout.name} are no whole numbers"
+    try:
+        steps = frozenset(SPELLINGS[layout.grid.name].steps(lowest, codes.levels or 1 << codes.bits, **params))
+        if any(s != int(s) for s in steps):
+            return f"the steps of {layout.name} are no whole numbers"
+    except WRONG as error:
+        return f"grid {layout.grid.name!r} cannot take the parameters of {layout.name}: {error}"
     share = {"rows": max(1, shape[0]), "cols": max(1, shape[1])}
     planes = params.get("count", 1)
     for axis, each in zip(layout.axes, scale.share, strict=True):
@@ -122,6 +129,8 @@ def respell(source: Layout, target: Layout, shape: Shape, components: Arrays) ->
         return pack(target, shape, _write(target, b, shape, *moved, keep=parts.get("perm")))
     except _Misfit as error:
         raise LayoutError(f"{source.name} to {target.name}: {error}") from None
+    except WRONG as error:  # a description from a file may say anything
+        raise LayoutError(f"{source.name} to {target.name}: {error}") from error
 
 
 class _Misfit(Exception):

@@ -42,11 +42,12 @@ class Spelling(NamedTuple):
 def scales(scale: Array, count: int, spelling: Spelling, ratio: int = 0) -> Floats:
     """The part `scale` as (rows, planes, groups) float32: one a plane, or one for all if codes have no planes."""
     shape = scale.shape[:3] if spelling.plane_axis else (scale.shape[0], 1, scale.shape[1])
-    out = scale.astype(F32).reshape(shape)
+    with np.errstate(over="ignore"):
+        out = scale.astype(F32).reshape(shape)
     if not ratio:
         return out
     weights = F32(ratio) ** np.arange(count - 1, -1, -1).astype(F32)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         tied: Floats = out * weights[None, :, None]
     return tied
 
@@ -113,7 +114,7 @@ def contiguous_quads(cols: int, stride: int) -> Array:
 def _read_fives(codes: Array, **params: Any) -> Steps:
     from packfmt.kernels import spell
 
-    if codes.dtype != np.uint16 or codes.shape[-1] != 5:
+    if codes.dtype != np.uint16 or codes.ndim != 3 or codes.shape[2] != 5:
         raise LayoutError(f"codes are {codes.dtype} {codes.shape}, needs five words of 16 bits for 16 quads")
     return _read_quads(spell.read_fives(np.ascontiguousarray(codes)), **params)
 
@@ -140,7 +141,7 @@ def _runs_table(block: int, runs: tuple[tuple[int, int], ...], first: str, nbyte
 def _read_base3(codes: Array, *, block: int, runs: tuple[tuple[int, int], ...], first: str) -> Steps:
     from packfmt.kernels import spell
 
-    if codes.dtype != np.uint8 or codes.ndim < 3:
+    if codes.dtype != np.uint8 or codes.ndim != 3:
         raise LayoutError(f"codes are {codes.dtype} {codes.shape}, needs bytes of blocks")
     found, high_first = _runs_table(block, runs, first, codes.shape[-1])
     return spell.read_base3(np.ascontiguousarray(codes), block, found, high_first)[:, None]
@@ -156,8 +157,9 @@ def _write_base3(steps: Steps, *, block: int, runs: tuple[tuple[int, int], ...],
 def _read_plane_digits(codes: Array, *, count: int) -> Steps:
     if type(count) is not int or not 1 <= count <= 5:
         raise LayoutError(f"count {count!r}, needs 1 to 5")
-    flat = codes.reshape(codes.shape[0], codes.shape[-1]).astype(np.int16)
-    return np.stack([flat // 3 ** (count - 1 - p) % 3 - 1 for p in range(count)], 1)
+    flat = codes.reshape(codes.shape[0], codes.shape[-1])
+    every = np.arange(256)
+    return np.stack([(every // 3 ** (count - 1 - p) % 3 - 1).astype(np.int8)[flat] for p in range(count)], 1)
 
 
 def _write_plane_digits(steps: Steps, *, count: int) -> tuple[Array, None]:

@@ -36,5 +36,7 @@ LAYOUT = blocks(
 )
 
 CODEC = Codec(
-    LAYOUT, {"best": partial(ternary.ternary, group=BLOCK, name="tq2_0"), "ggml": quantize.tq2_0}, fast={"ggml": fast.tq2_0}
+    LAYOUT,
+    {"best": partial(ternary.ternary, group=BLOCK, name="tq2_0"), "ggml": quantize.tq2_0},
+    fast={"ggml": fast.tq2_0},
 )

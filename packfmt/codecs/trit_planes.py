@@ -41,13 +41,15 @@ def _layout(codes: Codes | Values, count: int, tied: bool, spelled: Grid, form: 
     letters, words = form
     digits = () if tied else (plane(1, count),)
     scale = Values("scale", "<f2", digits, doc="of all planes" if tied else "plane by plane")
-    shares = "share a scale, each three times the next's" if tied else "have a float16 scale each"
+    worth = ", each worth three of the next" if tied else ""
+    planes = "one plane of -1, 0, 1" if count == 1 else f"{count} planes of -1, 0, 1 that add up{worth}"
+    scales = f"a float16 scale{'' if tied or count == 1 else ' each'} for {GROUP}"
     return Layout(
         _name(count, letters, tied),
         (Component("blocks", (rows(), cols(GROUP)), (codes, scale)),),
         spelled,
         (ROWS, Axis("plane", size=count), COLS, *more),
-        purpose=f"sum of {count} planes of -1, 0, 1 in {words}; {GROUP} columns of them {shares}",
+        purpose=f"{planes}, in {words}; {scales}",
         sources=SOURCES,
     )
 
@@ -61,14 +63,14 @@ def _two_bits(count: int, tied: bool) -> Layout:
 def _nibbles(tied: bool) -> Layout:
     doc = "byte j: column j in the low four bits, 64 + j in the high"
     codes = Codes("codes", 4, (cols(1, 64),), (cols(64, 2),), levels=9, doc=doc)
-    return _layout(codes, 2, tied, grid("plane_digits", count=2, ratio=RATIO * tied), ("_n4", "a nibble"))
+    return _layout(codes, 2, tied, grid("plane_digits", count=2, ratio=RATIO * tied), ("_n4", "nibbles"))
 
 
 def _base3(count: int, tied: bool) -> Layout:
     doc = "26 bytes a plane: 24 of five digits, 2 of four"
     codes = Values("codes", "u1", (plane(1, count), byte(1, BYTES)), doc=doc)
     spelled = grid("plane_base3", block=GROUP, runs=RUNS, first="high", ratio=RATIO * tied)
-    return _layout(codes, count, tied, spelled, ("_b3", "bytes of base 3"), Axis("byte", size=BYTES))
+    return _layout(codes, count, tied, spelled, ("_b3", "base 3"), Axis("byte", size=BYTES))
 
 
 def _name(count: int, letters: str, tied: bool) -> str:

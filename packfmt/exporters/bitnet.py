@@ -53,7 +53,9 @@ def refusal(layout: Layout, shape: tuple[int, ...]) -> str:
         return f"Hugging Face's BitNet holds bitnet, bitnet_divide and dense tensors, not {layout.name}"
     if len(shape) != 2:
         return f"{len(shape)} dimensions, a linear layer of BitNet's has 2"
-    return f"{shape[0]} rows, transformers needs a multiple of 4; leave it with --map REGEX=keep" if shape[0] % 4 else ""
+    return (
+        f"{shape[0]} rows, transformers needs a multiple of 4; leave it with --map REGEX=keep" if shape[0] % 4 else ""
+    )
 
 
 def name_refusal(name: str) -> str:
