@@ -20,7 +20,7 @@ from packfmt.spellings import F32, SPELLINGS, Floats, Steps, contiguous_quads, s
 
 Shape = tuple[int, int]
 WRONG = (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError)  # parameters or parts
-MOST_BITS = 8  # of a code that spells steps; more spell too many to compare
+MOST_BITS = 16  # of codes that spell steps; more spell too many to compare
 FLOATS = ("<f2", "<f4", "bfloat16")  # dtypes of scales, all exact in float32
 
 
