@@ -114,6 +114,11 @@ def exact_if(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
     return "" if moves_as_bits(source, target, shape) else respelling.condition(source, target, matrix(shape))
 
 
+def respelled_bytes(source: Layout, target: Layout, shape: tuple[int, ...]) -> int:
+    """Bytes that spelling a tensor anew holds beside its components."""
+    return respelling.held(source, target, matrix(shape))
+
+
 def is_ternary(layout: Layout, shape: tuple[int, ...]) -> bool:
     """Whether numbers are -1, 0 or 1 times a scale, or a sum of such; a fourth code may go unused."""
     seen = respelling.view(layout, matrix(shape))
@@ -175,17 +180,24 @@ class Codec:
             extra = {} if importance is None else {"importance": self._costs(chosen, shape, importance)}
             components = placement.pack(self.layout, shape, self.encoders[chosen](flat, **extra))
         packed = PackedTensor(self.layout, weight.shape, components, weight.dtype.name)
-        if lossless and (reason := self.loss(flat, packed)):
+        if lossless and (reason := self.loss(weight, packed)):
             raise LayoutError(f"{name}: {reason}")
         return packed
 
     def loss(self, weight: Array, packed: PackedTensor) -> str:
-        """How many numbers a packed weight changed, in words; empty if none. The sign of a zero is none."""
-        changed = packed.decode().reshape(-1) != weight.reshape(-1)
+        """How many numbers a packed weight changed, in words; empty if none.
+
+        Neither the sign of a zero nor the bits of a NaN are a change.
+        """
+        found, wanted = packed.decode().reshape(-1), weight.reshape(-1)
+        if wanted.dtype.itemsize < 4:
+            wanted = wanted.astype(np.float32)  # exact, and NumPy compares no narrow floats with it
+        changed = (found != wanted) & ~(np.isnan(found) & np.isnan(wanted))
         if not (count := int(np.count_nonzero(changed))):
             return ""
         at = [int(i) for i in np.unravel_index(int(np.argmax(changed)), packed.shape)]
-        more = f"; {text}" if self.remark and (text := self.remark(weight.reshape(packed.matrix))) else ""
+        flat = np.ascontiguousarray(weight, np.float32).reshape(packed.matrix)
+        more = f"; {text}" if self.remark and (text := self.remark(flat)) else ""
         return f"{count} of {changed.size} weights change, the first at {at}{more}"
 
     def _costs(self, encoder: str, shape: tuple[int, int], importance: Array) -> npt.NDArray[np.float32]:

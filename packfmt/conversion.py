@@ -95,7 +95,10 @@ def plan_for(model: Checkpoint, target: Path, recipe: Recipe, container: str = "
     if method not in ("packfmt", "bitnet"):
         raise PlanError(f"{model.path}: quantised already, as {method!r}, which packfmt does not read yet; "
                         "convert the model it was made from")  # fmt: skip
-    plan = make_plan(str(model.path), model.index, recipe, target_container(target, container), codecs.get)
+    holder = target_container(target, container)
+    plan = make_plan(str(model.path), model.index, recipe, holder, codecs.get)
+    if why_not := holder.extras_refusal(model.extras):
+        raise PlanError(f"{model.path}: {why_not}")
     if recipe.lossless:
         _survey(plan, model)
     return plan
@@ -161,13 +164,14 @@ def run(
         If the disk has too little room or may not be written.
     """
     begin = time.perf_counter()
+    importance = importance or {}
+    remarks = list(_costs(plan, importance))
     may_write(plan, model, target, force)
     extras = model.extras
     container = exporters.get(plan.container)
     checker = (lambda path: verify.check_output(path, container.NAME)) if check else None
-    remarks: list[str] = []
     try:
-        container.write(target, plan, _results(plan, model, progress, importance or {}, remarks), extras, checker)
+        container.write(target, plan, _results(plan, model, progress, importance, remarks), extras, checker)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(f"{target}: the disk is full; nothing was left under this name") from error
@@ -176,6 +180,32 @@ def run(
     size = sum(f.stat().st_size for f in written)
     source = sum(i.nbytes for i in model.index.values())
     return Report(plan, target, source, size, time.perf_counter() - begin, tuple(remarks))
+
+
+def _costs(plan: Plan, importance: Mapping[str, Array]) -> Iterator[str]:
+    """What becomes of importance that no encoder weighs, in words.
+
+    Raises
+    ------
+    PlanError
+        If it names what the plan does not, is not what a weight needs, or no step weighs any.
+    """
+    steps = {s.name: s for s in plan.steps}
+    weighing = set()
+    for name, costs in importance.items():
+        if name not in steps:
+            raise PlanError(f"importance: {name} is no weight of {plan.source}")
+        step = steps[name]
+        if costs.shape not in (step.shape, step.shape[-1:]) or not np.isfinite(costs).all() or (costs < 0).any():
+            need = f"needs {step.shape[-1]} finite numbers of 0 or more"
+            raise PlanError(f"importance: {name} is {list(costs.shape)}, {need}")
+        if step.encoder and step.encoder in codecs.get(step.layout.name).weighted:
+            weighing.add(name)
+        else:
+            by = f"encoder {step.encoder!r} of {step.layout.name}" if step.encoder else step.action
+            yield f"{name}: importance not used, for {by} does not weigh it"
+    if importance and not weighing:
+        raise PlanError("importance: nothing here weighs it; of the layouts, sherry's do, and ptq161")
 
 
 def _results(
@@ -267,7 +297,7 @@ def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
         there, wanted = ("a folder", "a file") if one_file else ("a file", "a folder")
         raise PlanError(f"{target}: is {there}, and {wanted} is to be written; choose another destination")
     if target.is_dir() and not _replaceable(target):
-        raise PlanError(f"{target}: a folder that packfmt did not write; --force does not replace it")
+        raise PlanError(f"{target}: a folder that is not known to be packfmt's; --force does not replace it")
     folder = target.absolute().parent
     if not folder.is_dir():
         raise PlanError(f"{folder}: no such folder; make it first")
@@ -290,6 +320,6 @@ def _replaceable(folder: Path) -> bool:
     try:
         with checkpoint.open(folder) as old:
             # a folder that is quantised in a way of Hugging Face's may be the only copy of a model
-            return any(i.layout and not dense_dtype(i.layout) and i.kind != "bitnet" for i in old.index.values())
+            return any(i.layout and not dense_dtype(i.layout) and i.kind == i.layout.name for i in old.index.values())
     except ContainerError:
         return False

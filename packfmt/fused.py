@@ -329,10 +329,10 @@ def _formula(layout: Layout, group: int) -> Formula:
         zero = float(F32(params.get("zero", 1)))
         if name == "base3":
             _check(part.dtype == "u1")
-            runs = np.array(params["runs"])
-            _check(runs.dtype.kind == "i" and runs.shape[1:] == (2,) and runs.min() > 0 and runs[:, 1].max() <= 5)
-            _check(params["first"] in ("high", "low") and params["block"] == runs.prod(1).sum() == part.share[1])
-            _check(runs[:, 0].sum() == part.shape[2])
+            runs = params["runs"]
+            _check(all(type(n) is int and type(d) is int and n > 0 and 1 <= d <= 5 for n, d in runs))
+            _check(sum(n * d for n, d in runs) == params["block"] == part.share[1])
+            _check(sum(n for n, _ in runs) == part.shape[2] and params["first"] in ("high", "low"))
         return lambda *args: _blocks().affine(*args, zero, part.dtype)
     _check(part.dtype == "u1")  # a negative code is no place in a table
     values = np.array(params["values"])
@@ -340,12 +340,17 @@ def _formula(layout: Layout, group: int) -> Formula:
     if name == "quads":
         stride = params["stride"]
         _check(
-            values.dtype.kind == "i" and values.shape[1:] == (4,) and np.abs(values).max() <= 1 and len(values) <= 81
+            values.dtype.kind == "i"
+            and values.shape[1:] == (4,)
+            and len(values) <= 81
+            and values.min() >= -1
+            and values.max() <= 1
         )
         _check(type(stride) is int and stride > 0 and group % (4 * stride) == 0)
         return lambda *args: _blocks().quads(*args, values.astype(F32), stride)
     _check(values.ndim == 1)
-    return lambda *args: _blocks().levels(*args, values.astype(F32))
+    numbers = np.array(params["values"], F32)  # as the grid does
+    return lambda *args: _blocks().levels(*args, numbers)
 
 
 def _blocks() -> ModuleType:

@@ -223,8 +223,11 @@ def dequantize(grid: Grid, parts: Arrays) -> Floats:
 
 def _unpermuted(weights: Floats, perm: Array) -> Floats:
     """The weight whose column perm[j] is stored as column j."""
-    out = np.zeros_like(weights)
-    out[:, perm.reshape(-1)] = weights
+    order = perm.reshape(-1)
+    if not np.array_equal(np.sort(order), np.arange(weights.shape[1])):
+        raise LayoutError(f"perm does not name each of {weights.shape[1]} columns once")
+    out = np.empty_like(weights)
+    out[:, order] = weights
     return out
 
 

@@ -15,7 +15,17 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from packfmt.codec import Codec, dense_dtype, exact_if, is_float, is_ternary, matrix, why_inexact
+from packfmt.codec import (
+    Codec,
+    dense_dtype,
+    exact_if,
+    is_float,
+    is_ternary,
+    matrix,
+    moves_as_bits,
+    respelled_bytes,
+    why_inexact,
+)
 from packfmt.errors import LayoutError, PlanError
 from packfmt.layout import DENSE, Layout, dtype_of
 
@@ -97,6 +107,8 @@ class Step:
         """Bytes held at once: what is read, its float32 form where there is one, codes, and the result."""
         count = prod(self.shape)
         floats = 0 if self.action in (KEEP, "repack") else 5 * count
+        if self.action == "repack" and not moves_as_bits(self.before, self.layout, self.shape):
+            floats = respelled_bytes(self.before, self.layout, self.shape)
         return self.before.nbytes(*matrix(self.shape)) + floats + self.nbytes
 
 

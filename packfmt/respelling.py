@@ -21,6 +21,7 @@ from packfmt.spellings import F32, SPELLINGS, Floats, Steps, contiguous_quads, s
 Shape = tuple[int, int]
 WRONG = (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError)  # parameters or parts
 MOST_BITS = 16  # of codes that spell steps; more spell too many to compare
+HELD, HELD_PERMUTED = 6, 32  # bytes a step: codes, steps and what tells which are zero; scales spread over columns
 FLOATS = ("<f2", "<f4", "bfloat16")  # dtypes of scales, all exact in float32
 
 
@@ -58,12 +59,11 @@ def view(layout: Layout, shape: Shape) -> View | str:
     except WRONG as error:
         return f"grid {layout.grid.name!r} cannot take the parameters of {layout.name}: {error}"
     share = {"rows": max(1, shape[0]), "cols": max(1, shape[1])}
-    planes = params.get("count", 1)
+    planes = codes.shape[1] if SPELLINGS[layout.grid.name].plane_axis and len(codes.shape) > 1 else 1
+    planes = params.get("count", planes)
     for axis, each in zip(layout.axes, scale.share, strict=True):
         if axis.of:
             share[axis.of] = min(share[axis.of], max(1, each * axis.per))
-        elif axis.name == "plane":
-            planes = axis.size
     perm, divides = "perm" in parts, layout.grid.name == "quotient"
     apart = 1 if perm else params.get("stride", 0)
     return View(steps, planes, scale.dtype, (share["rows"], share["cols"]), ratio, divides, apart, perm)
@@ -104,11 +104,20 @@ def condition(source: Layout, target: Layout, shape: Shape) -> str:
     return " and ".join(needs)
 
 
+def held(source: Layout, target: Layout, shape: Shape) -> int:
+    """Bytes that `respell` holds at once, beside the components of both, for layouts that have a `view`."""
+    a, b = view(source, shape), view(target, shape)
+    assert isinstance(a, View) and isinstance(b, View)
+    weights = shape[0] * shape[1] * max(a.planes, b.planes)
+    return weights * (HELD_PERMUTED if a.perm != b.perm else HELD)
+
+
 def respell(source: Layout, target: Layout, shape: Shape, components: Arrays) -> dict[str, Array]:
     """Components of one layout -> components of another that decode to the same numbers.
 
     Where the weights of a scale are all zero, the scale may become another; it stays what it is where the
-    target keeps one for the same weights. A zero may lose its sign.
+    target keeps one for the same weights. Where the scale is zero, the steps may become zero. A zero may lose
+    its sign. A scale that is not finite stays, or is refused.
 
     Raises
     ------
@@ -125,6 +134,8 @@ def respell(source: Layout, target: Layout, shape: Shape, components: Arrays) ->
             return {c.name: np.zeros(c.shape, dtype_of(c.dtype)) for c in target.fit(*shape).components}
         steps, scale = _read(source, a, parts, b.divides)
         perm = parts["perm"].reshape(-1) if a.perm else None
+        if perm is not None and not np.array_equal(np.sort(perm), np.arange(shape[1])):
+            raise _Misfit(f"perm does not name each of {shape[1]} columns once")
         moved = _reorder(steps, scale, a, target, b, perm)
         return pack(target, shape, _write(target, b, shape, *moved, keep=parts.get("perm")))
     except _Misfit as error:
@@ -181,15 +192,19 @@ def _write(
     fitted, spelling, params = target.fit(*shape).parts, SPELLINGS[target.grid.name], dict(target.grid.params)
     params.pop("ratio", 0)
     if missing := b.planes - steps.shape[1]:
-        steps, scale = (np.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (steps, scale))
-    for value in range(int(steps.min()), int(steps.max()) + 1):
-        if value not in b.steps and (count := int((steps == value).sum())):
-            raise _Misfit(f"{count} of {steps.size} weights are {value} times their scale, for which there is no code")
+        # the last of tied planes counts the scale itself, so those that are added come first
+        added = (missing, 0) if b.ratio else (0, missing)
+        steps, scale = (np.pad(x, ((0, 0), added, (0, 0))) for x in (steps, scale))
     cells = _Cells(steps, scale, share, b.share)
     wanted = cells.regrouped(clear=b.quads > 0)
+    steps = cells.without_strays(steps, wanted)
+    for value in _outside(steps, b.steps):
+        count = int((steps == value).sum())
+        raise _Misfit(f"{count} of {steps.size} weights are {value} times their scale, for which there is no code")
+    used: Array = cells.used_there
     if b.ratio:
-        wanted = _untied(wanted, cells, b)
-    stored = _cast(wanted, b.dtype, cells.used_there if wanted.shape[1] > 1 or b.planes == 1 else None)
+        wanted, used = _untied(wanted, cells, b), np.logical_or.reduce(used, 1, keepdims=True)
+    stored = _cast(wanted, b.dtype, used)
     codes, bad = spelling.write(steps, **params)
     if bad is not None:
         first = np.arange(bad.shape[1]) // params["stride"] * 4 * params["stride"]
@@ -206,8 +221,19 @@ def _write(
     return out
 
 
+def _outside(steps: Steps, known: frozenset[float]) -> list[int]:
+    """The steps that are not among the known, ascending."""
+    low, high = int(steps.min()), int(steps.max())
+    if all(value in known for value in range(low, high + 1)):
+        return []
+    return [int(value) for value in np.unique(steps) if value not in known]
+
+
 class _Cells:
-    """The weights cut wherever a scale ends, here or in the target: (rows, planes, cols) of cells."""
+    """The weights cut wherever a scale ends, here or in the target: (rows, planes, cols) of cells.
+
+    A cell is used if its numbers are not all zero.
+    """
 
     def __init__(self, steps: Steps, scale: Floats, here: tuple[int, int], there: tuple[int, int]) -> None:
         self.here, self.there, self.scale = here, there, scale
@@ -216,9 +242,9 @@ class _Cells:
             np.union1d(np.arange(0, n, a), np.arange(0, n, b))
             for n, a, b in zip((rows, cols), here, there, strict=True)
         )
-        some = np.logical_or.reduceat(np.logical_or.reduceat(steps != 0, self.cols, 2), self.rows, 0)
+        self.some = np.logical_or.reduceat(np.logical_or.reduceat(steps != 0, self.cols, 2), self.rows, 0)
         self.scales = scale[self.rows // here[0]][:, :, self.cols // here[1]]
-        self.used = some & (self.scales != 0)
+        self.used = (self.some & (self.scales != 0)) | ~np.isfinite(self.scales)  # 0 * infinity is no zero
         self.place = np.ix_(self.rows // there[0], np.arange(steps.shape[1]), self.cols // there[1])
         self.shape = (-(-rows // there[0]), steps.shape[1], -(-cols // there[1]))
         self.used_there = np.zeros(self.shape, bool)
@@ -235,16 +261,25 @@ class _Cells:
         used = self.used[::-1, :, ::-1]
         place = (p[::-1, :, ::-1][used] for p in np.broadcast_arrays(*self.place))
         out[tuple(place)] = self.scales[::-1, :, ::-1][used]
-        apart = self.used & (out[self.place] != self.scales)
+        there = out[self.place]
+        apart = self.used & (there != self.scales) & ~(np.isnan(there) & np.isnan(self.scales))
         if apart.any():
             at = _first(apart)
             mine = [int(self.rows[at[0]] // self.here[0]), int(self.cols[at[2]] // self.here[1])]
-            other = float(out[self.place][at])
+            other = float(there[at])
             raise _Misfit(
                 f"scale {mine} is {float(self.scales[at]):.9g}, that of weights before it {other:.9g}, "
                 f"and {_group(self.there)} share one there"
             )
         return out
+
+    def without_strays(self, steps: Steps, wanted: Floats) -> Steps:
+        """The steps, with zeros where a scale of zero would become another: of a group whose others are not zero."""
+        stray = self.some & ~self.used & (wanted[self.place] != 0)
+        if not stray.any():
+            return steps
+        rows, cols = (np.diff(cuts, append=n) for cuts, n in zip((self.rows, self.cols), steps.shape[::2], strict=True))
+        return np.where(np.repeat(np.repeat(stray, rows, 0), cols, 2), steps.dtype.type(0), steps)
 
 
 def _untied(wanted: Floats, cells: _Cells, b: View) -> Floats:
@@ -261,15 +296,14 @@ def _untied(wanted: Floats, cells: _Cells, b: View) -> Floats:
     return base
 
 
-def _cast(scale: Floats, dtype: str, used: Array | None) -> Array:
+def _cast(scale: Floats, dtype: str, used: Array) -> Array:
+    """Scales in the target's dtype; those that no number needs become 0 where it has not got them."""
     with np.errstate(over="ignore"):
         out: Array = scale.astype(dtype_of(dtype))
-    lost = out.astype(F32) != scale
-    lost &= ~np.isnan(scale)
-    if used is not None:
-        lost &= used
-    if lost.any():
-        at = _first(lost)
+    lost = (out.astype(F32) != scale) & ~np.isnan(scale)
+    out[lost & ~used] = 0
+    if (lost & used).any():
+        at = _first(lost & used)
         raise _Misfit(f"scale {[at[0], at[2]]} is {scale[at]:.9g}, which is no {dtype_of(dtype).name}")
     return out
 

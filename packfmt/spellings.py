@@ -53,7 +53,9 @@ def scales(scale: Array, count: int, spelling: Spelling, ratio: int = 0) -> Floa
 
 
 def _read_affine(codes: Array, *, zero: int) -> Steps:
-    return (codes.astype(np.int16) - np.int16(zero)).reshape(codes.shape[0], -1, codes.shape[-1])
+    wide: Any = np.int16 if codes.dtype.itemsize == 1 else np.int32
+    steps: Steps = codes.astype(wide) - wide(zero)
+    return steps.reshape(codes.shape[0], -1, codes.shape[-1])
 
 
 def _write_affine(steps: Steps, *, zero: int) -> tuple[Array, None]:
@@ -77,7 +79,8 @@ def _write_levels(steps: Steps, *, values: tuple[int, ...]) -> tuple[Array, None
 
 def _quads_table(codes: Array | None, stride: int, values: tuple[tuple[int, ...], ...], count: int) -> Array:
     found = np.array(values)
-    if found.dtype.kind != "i" or found.shape[1:] != (4,) or not 1 <= len(found) <= 81 or np.abs(found).max() > 1:
+    right = found.dtype.kind == "i" and found.shape[1:] == (4,) and 1 <= len(found) <= 81
+    if not right or found.min() < -1 or found.max() > 1:
         raise LayoutError("values: needs up to 81 quads of -1, 0 and 1")
     if type(stride) is not int or not 1 <= stride <= count or count % stride:
         raise LayoutError(f"stride {stride!r}, needs to divide {count} quads")
@@ -127,15 +130,15 @@ def _write_fives(steps: Steps, **params: Any) -> tuple[Array, Array | None]:
 
 
 def _runs_table(block: int, runs: tuple[tuple[int, int], ...], first: str, nbytes: int) -> tuple[Array, bool]:
-    found = np.array(runs)
-    if found.dtype.kind != "i" or found.shape[1:] != (2,) or found.min() < 1 or found[:, 1].max() > 5:
+    # in whole numbers of Python, which do not wrap: a kernel relies on this
+    if not all(type(n) is int and type(d) is int and n > 0 and 1 <= d <= 5 for n, d in runs):
         raise LayoutError("runs: needs pairs of a count and 1 to 5 digits")
-    if int(found[:, 0].sum()) != nbytes or type(block) is not int or int(found.prod(1).sum()) != block:
-        have = f"{found.prod(1).sum()} digits in {found[:, 0].sum()} bytes"
-        raise LayoutError(f"runs of {have}, needs {block} in {nbytes}")
+    digits, taken = sum(n * d for n, d in runs), sum(n for n, _ in runs)
+    if type(block) is not int or (digits, taken) != (block, nbytes) or not block:
+        raise LayoutError(f"runs of {digits} digits in {taken} bytes, needs {block} in {nbytes}")
     if first not in ("high", "low"):
         raise LayoutError(f"first {first!r}, needs high or low")
-    return found.astype(np.int64), first == "high"
+    return np.array(runs, np.int64), first == "high"
 
 
 def _read_base3(codes: Array, *, block: int, runs: tuple[tuple[int, int], ...], first: str) -> Steps:
@@ -179,11 +182,11 @@ def _write_plane_base3(steps: Steps, **params: Any) -> tuple[Array, None]:
 
 
 def _read_pairs(codes: Array) -> Steps:
-    from packfmt.kernels.tl2 import PAIRS as steps
+    from packfmt.kernels import tl2
 
-    if codes.size and int(codes.max()) >= len(steps):
-        raise LayoutError(f"code {int(codes.max())}, needs below {len(steps)}")
-    return steps[codes.reshape(codes.shape[:2])].reshape(len(codes), 1, -1)
+    if codes.size and int(codes.max()) >= len(tl2.PAIRS):
+        raise LayoutError(f"code {int(codes.max())}, needs below {len(tl2.PAIRS)}")
+    return tl2.PAIRS[codes.reshape(codes.shape[:2])].reshape(len(codes), 1, -1)
 
 
 def _write_pairs(steps: Steps) -> tuple[Array, None]:

@@ -192,7 +192,7 @@ def test_the_folder_has_hugging_face_s_tensors_and_config(dense: Path, tmp_path:
     assert all(found[n].tobytes() == before[n].tobytes() for n in before if found[n].dtype == BF16)
     expected = codecs.get(name).encode(before[up])
     with checkpoint.open(out) as model:
-        assert (model.index[up].kind, model.index[up].dtype) == ("bitnet", "bfloat16")
+        assert (model.index[up].kind, model.index[up].dtype) == ("U8 with a scale", "bfloat16")
         assert model[up].layout == expected.layout
         assert raw(model[up]) == raw(expected)
         assert up + "_scale" not in model

@@ -127,3 +127,16 @@ def test_coarser_scales_are_exact_if_the_numbers_allow_it() -> None:
 def test_dense_is_what_a_layout_is_and_not_what_it_is_called() -> None:
     assert dense_dtype(DENSE["bf16"]) == "bfloat16" and dense_dtype(Q4_0.layout) == ""
     assert dense_dtype(replace(Q4_0.layout, name="bf16")) == ""
+
+
+def test_what_is_lossless_is_so_for_every_bit_of_a_float64() -> None:
+    with pytest.raises(LayoutError, match="f32: 1 of 2 weights change, the first at \\[1\\]"):
+        codecs.get("f32").encode(np.array([0.5, 1 / 3]), lossless=True)
+    assert codecs.get("f32").encode(np.array([0.5, 0.25]), lossless=True).nbytes == 8
+
+
+def test_a_nan_that_stays_one_is_no_loss() -> None:
+    weight = np.array([np.nan, 1, np.inf, -0.0], np.float32)
+    assert codecs.get("bf16").encode(weight, lossless=True).shape == (4,)
+    with pytest.raises(LayoutError, match="bf16: 1 of 4 weights change"):
+        codecs.get("bf16").encode(weight + np.float32([0, 2**-20, 0, 0]), lossless=True)

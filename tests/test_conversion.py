@@ -204,7 +204,7 @@ def test_a_target_that_exists_is_kept_unless_forced(model: Path, tmp_path: Path)
 def test_force_does_not_delete_what_packfmt_did_not_write(model: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(PlanError, match="a folder that packfmt did not write"):
+    with pytest.raises(PlanError, match="a folder that is not known to be packfmt's"):
         conversion.convert(model, tmp_path / "photos", "q8_0", force=True)
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 

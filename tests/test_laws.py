@@ -91,6 +91,15 @@ def test_the_number_of_threads_changes_no_byte(name: str, encoder: str, monkeypa
     assert len(found) == 1
 
 
+@pytest.mark.parametrize(("name", "encoder"), ENCODERS)
+def test_no_rows_and_no_columns_are_encoded(name: str, encoder: str) -> None:
+    for shape in ((0, 512), (256, 0), (0, 0)):
+        if name == "mote_4" and not shape[0]:
+            continue  # no experts are not four
+        packed = codec(name).encode(np.zeros(shape, np.float32), encoder)
+        assert packed.decode().shape == shape
+
+
 @every
 def test_experts_are_rows(name: str) -> None:
     weight = normal(4, 64, 512)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import permutations
 
 import numpy as np
@@ -355,3 +356,110 @@ def test_rows_that_share_a_scale_are_kept_apart_from_columns_that_do() -> None:
     ):
         here.repack(codecs.get("tq2_0").layout)
     assert dtype_of("<f4") == F32
+
+
+# ---------------------------------------------------------------- scales that are no ordinary numbers
+
+
+def of(name: str, codes: npt.NDArray[np.uint8], scale: object) -> PackedTensor:
+    """A tensor of one row a code row, with these scales."""
+    layout = codecs.get(name).layout
+    part = layout.fit(*codes.shape).parts["scale"]
+    parts = {"codes": codes, "scale": np.array(scale, dtype_of(part.dtype)).reshape(part.shape)}
+    return PackedTensor(layout, codes.shape, pack(layout, codes.shape, parts))
+
+
+@pytest.mark.parametrize("target", ["tq2_0", "i2_s", "ptqtp1", "sherry_row"])
+def test_steps_of_a_scale_that_is_zero_stay_zeros(target: str) -> None:
+    codes = (ternary((4, 256), SIDE, 1) + 1).astype(np.uint8)
+    here = of("q2_0", codes, [[0.5, 0, 0.5, 0.5]] * 4)  # the second group has steps, and decodes to zeros
+    weight = here.decode()
+    assert not weight[:, 64:128].any()
+    try:
+        assert same(here.repack(codecs.get(target).layout).decode() + F32(0), weight + F32(0))
+    except LayoutError as error:
+        assert target == "sherry_row" and "64 of 256 quads have not exactly one zero" in str(error)
+
+
+def test_zeros_that_have_no_code_are_refused() -> None:
+    codes = np.array([[0, 1] * 128], np.uint8)
+    zeros = of("q1_0", codes, [[0.5, 0]])
+    signs = (
+        Component("codes", (rows(), cols()), (Codes("codes", 1),)),
+        Component("scale", (rows(),), (Values("scale", "<f2"),)),
+    )
+    with pytest.raises(LayoutError, match="128 of 256 weights are 0 times their scale, for which there is no code"):
+        zeros.repack(Layout("signs", signs, grid("levels", values=(-1, 1))))
+
+
+def test_a_scale_that_no_weight_needs_does_not_become_infinite() -> None:
+    here = of("i2_s", np.ones((4, 256), np.uint8), 1e6)
+    there = here.repack(codecs.get("tq2_0").layout)
+    assert not there.decode().any() and not there.unpack()["scale"].any()
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_scales_that_are_no_numbers_stay_what_they_are(scale: float) -> None:
+    for codes in (np.ones((2, 256), np.uint8), np.full((2, 256), 2, np.uint8)):
+        here = of("tq2_0", codes, [[scale], [1]])
+        there = here.repack(codecs.get("tq1_0").layout)
+        with np.errstate(invalid="ignore"):
+            assert same(there.decode(), here.decode())
+        assert same(there.repack(here.layout).components["blocks"], here.components["blocks"])
+    with pytest.raises(LayoutError, match=r"tq2_0 to i2_s: scale \[1, 0\] is 1, that of weights before it"):
+        of("tq2_0", np.ones((2, 256), np.uint8) + np.uint8(1), [[scale], [1]]).repack(codecs.get("i2_s").layout)
+
+
+@pytest.mark.parametrize("perm", [np.zeros(512, np.uint32), np.full(512, 10**9, np.uint32)])
+def test_a_permutation_that_is_none_is_refused(perm: npt.NDArray[np.uint32]) -> None:
+    here = packed("sherry_s16_perm", ternary((4, 512), SIDE))
+    bad = PackedTensor(here.layout, here.shape, dict(here.components) | {"perm": perm})
+    with pytest.raises(LayoutError, match="perm does not name each of 512 columns once"):
+        bad.repack(codecs.get("tq2_0").layout)
+    with pytest.raises(LayoutError, match="perm does not name each of 512 columns once"):
+        bad.decode()
+
+
+def test_codes_of_sixteen_bits_do_not_wrap() -> None:
+    def wide(name: str, dtype: str, zero: int) -> Layout:
+        codes = Component("codes", (rows(), cols()), (Values("codes", dtype),))
+        return Layout(
+            name, (codes, Component("scale", (rows(),), (Values("scale", "<f4"),))), grid("affine", zero=zero)
+        )
+
+    codes = np.array([[1, 30000, 65535, 0]], np.uint16)
+    here = PackedTensor(wide("a", "<u2", 32768), (1, 4), {"codes": codes, "scale": np.ones(1, F32)})
+    there = here.repack(wide("b", "<i2", 0))
+    assert there.components["codes"].tolist() == [[-32767, -2768, 32767, -32768]]
+    assert same(there.decode(), here.decode())
+    with pytest.raises(LayoutError, match="1 of 4 weights are 65534 times their scale, for which there is no code"):
+        PackedTensor(wide("c", "<u2", 1), (1, 4), here.components).repack(wide("b", "<i2", 0))
+
+
+TO_TIED = [("ptqtp2_tied", "ptqtp3_tied"), ("ptqtp1", "ptqtp2_n4_tied"), ("ptqtp3_tied", "ptqtp4_b3_tied")]
+
+
+@pytest.mark.parametrize(("few", "more"), TO_TIED)
+def test_planes_are_added_in_front_of_tied_ones(few: str, more: str) -> None:
+    here = codecs.get(few).encode(normal(6, 256))
+    there = here.repack(codecs.get(more).layout)
+    assert same(there.decode() + F32(0), here.decode() + F32(0))
+
+
+def test_an_axis_of_planes_may_be_called_otherwise() -> None:
+    text = codecs.get("ptqtp2").layout.canonical.replace('"plane"', '"p"').replace('"ptqtp2"', '"other"')
+    layout = Layout.from_json(json.loads(text))
+    here = codecs.get("ptqtp2").encode(normal(6, 256))
+    there = PackedTensor(layout, here.shape, here.components).repack(codecs.get("ptqtp2_b3").layout)
+    assert same(there.decode(), here.decode())
+    assert respelling.why_not(layout, codecs.get("ptqtp1").layout, (6, 256)) == "other has 2 planes, ptqtp1 1"
+
+
+def test_runs_so_long_that_their_sum_wraps_are_refused() -> None:
+    k = 9
+    runs = ((2**63 - 1, 1), (2**63 - 1, 1), (k + 2, 1))
+    with pytest.raises(LayoutError, match="runs of"):
+        grids.dequantize(
+            grid("base3", block=k, runs=runs, first="high"),
+            {"codes": np.zeros((1, 1, k), np.uint8), "scale": np.ones((1, 1, 1), np.float16)},
+        )

@@ -155,7 +155,10 @@ def test_importance_comes_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
         want.components["blocks"].tobytes()
         != codecs.get("sherry").encode(normal(64, 256)).components["blocks"].tobytes()
     )
-    for name, shape, told in (("b.weight", 256, "b.weight is no weight"), ("a.weight", 255, "a.weight is [255], the")):
+    for name, shape, told in (
+        ("b.weight", 256, "b.weight is no weight"),
+        ("a.weight", 255, "a.weight is [255], needs"),
+    ):
         save_file({name: np.ones(shape, np.float32)}, tmp_path / "bad.safetensors")
         assert run([*words, "--force", "--importance", str(tmp_path / "bad.safetensors")]) == 2
         assert told in capsys.readouterr().err
@@ -173,3 +176,34 @@ def test_importance_comes_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_importance_that_fits_no_weight_is_refused(encoder: str, importance: Array, told: str) -> None:
     with pytest.raises(LayoutError, match=told):
         codecs.get("sherry").encode(normal(4, 256), encoder, importance=importance)
+
+
+def test_importance_that_nothing_weighs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "dense", {"a.weight": normal(64, 256), "b.weight": normal(64, 256)})
+    costs = {"a.weight": np.ones(256, np.float32), "b.weight": np.ones(256, np.float32)}
+    report = conversion.convert(source, tmp_path / "out", "sherry", overrides={"b": "tq2_0"}, importance=costs)
+    assert report.remarks == ("b.weight: importance not used, for encoder 'best' of tq2_0 does not weigh it",)
+    with pytest.raises(PlanError, match="importance: nothing here weighs it"):
+        conversion.convert(source, tmp_path / "two", "tq2_0", importance=costs)
+    bad = costs | {"b.weight": np.full(256, -1, np.float32)}
+    with pytest.raises(PlanError, match=r"importance: b.weight is \[256\], needs 256 finite numbers of 0 or more"):
+        conversion.convert(source, tmp_path / "two", "sherry", importance=bad)
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("words", [["--lossless"], ["--encoder", "mean"], ["--map", "a=q8_0"], ["--fallback", "keep"]])
+def test_a_saved_plan_takes_no_other_word(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    source = folder(tmp_path / "dense", {"a.weight": normal(64, 256)})
+    assert run(["convert", str(source), str(tmp_path / "out"), "--plan", str(tmp_path / "plan.json"), *words]) == 2
+    assert "a saved plan says all of it" in capsys.readouterr().err
+
+
+def test_what_respelling_holds_is_in_the_plan(tmp_path: Path) -> None:
+    conversion.convert(model(tmp_path / "dense"), tmp_path / "one", "sherry", lossless=True)
+    with checkpoint.open(tmp_path / "one") as opened:
+        plan = conversion.plan_for(opened, tmp_path / "two", Recipe("sherry_s16_perm"))
+        step = next(s for s in plan.steps if s.name == "q_proj.weight")
+        assert step.working_set >= 32 * 96 * 512
+        moved = conversion.plan_for(opened, tmp_path / "two", Recipe("tq2_0"))
+        assert 6 * 96 * 512 <= next(s for s in moved.steps if s.name == "q_proj.weight").working_set < 9 * 96 * 512

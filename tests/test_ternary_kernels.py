@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
@@ -41,10 +40,10 @@ sherry_layouts = pytest.mark.parametrize("name", SHERRY)
 fast_formats = pytest.mark.parametrize("name", ("tq1_0", "tq2_0", *SHERRY))
 
 
-def fast(name: str, weight: Floats) -> bytes:
-    if name in SHERRY:
-        return blocks.sherry(weight, *SHERRY[name])["blocks"].tobytes()
-    return {"tq1_0": blocks.tq1_0, "tq2_0": blocks.tq2_0}[name](weight)["blocks"].tobytes()
+def fast(name: str, weight: Floats) -> bytes | None:
+    doors = {"tq1_0": blocks.tq1_0, "tq2_0": blocks.tq2_0}
+    found = blocks.sherry(weight, *SHERRY[name]) if name in SHERRY else doors[name](weight)
+    return None if found is None else found["blocks"].tobytes()
 
 
 def parts(name: str, weight: Floats) -> dict[str, npt.NDArray[np.generic]]:
@@ -162,25 +161,23 @@ def test_comparing_with_halves_rounds_as_the_generic_kernel_does(name: str) -> N
 @pytest.mark.kernels
 @fast_formats
 @pytest.mark.parametrize("bad", (np.nan, -np.nan, np.inf, -np.inf))
-def test_weights_that_are_not_finite_are_refused_wherever_they_are(name: str, bad: float) -> None:
+def test_weights_that_are_not_finite_are_left_to_the_slower_way_wherever_they_are(name: str, bad: float) -> None:
     for at in (0, 1, 2, 3, 100, 255):
         weight = np.full((2, 256), 4, F32)
         weight[1, at] = bad
-        with pytest.raises(LayoutError, match="not finite"):
-            fast(name, weight)
+        assert fast(name, weight) is None
 
 
 @pytest.mark.kernels
 @fast_formats
-def test_scales_that_overflow_are_refused_alike(name: str) -> None:
+def test_scales_that_overflow_are_left_to_the_slower_way(name: str) -> None:
     weight = np.ones((3, 256), F32)
     weight[1] = 65519.99  # just below the half-way
-    fast(name, weight)
+    assert fast(name, weight) is not None
     weight[1:] = 65520
-    with pytest.raises(LayoutError, match="scales overflow float16") as slower:
+    with pytest.raises(LayoutError, match="scales overflow float16"):
         parts(name, weight)
-    with pytest.raises(LayoutError, match=re.escape(str(slower.value))):
-        fast(name, weight)
+    assert fast(name, weight) is None
 
 
 @pytest.mark.kernels

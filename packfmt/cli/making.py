@@ -74,11 +74,13 @@ def convert(
     from packfmt.cli import show
 
     with checkpoint.open(source, read_as=read_as_of(read_as), base=base or "") as model:
+        if saved and (maps or fallback or encoder or lossless):
+            raise typer.BadParameter("a saved plan says all of it; edit the plan, or plan anew", param_hint="--plan")
         recipe = _recipe(to, maps, fallback, encoder, max_shard_size, saved, lossless)
         plan = _plan(model, target, recipe, export, saved)
         if dry_run:
             return _show_plan(plan, json)
-        costs = _importance(importance, model) if importance else {}
+        costs = _importance(importance) if importance else {}
         with show.progress(model, quiet=json) as done:
             report = work.run(plan, model, target, check=verify, force=force, progress=done, importance=costs)
         behind = list(model.extras.files) if target.is_file() else []
@@ -196,18 +198,12 @@ def _demo_line(row: Row) -> tuple[str, ...]:
     return (row.layout, bits, *size, f"{row.error:.3g}", *cosines, f"{row.seconds:.2f}", row.note)
 
 
-def _importance(path: Path, model: Checkpoint) -> dict[str, Array]:
+def _importance(path: Path) -> dict[str, Array]:
     """Costs by weight, from a file of tensors that bear the weights' names."""
     from packfmt import checkpoint
-    from packfmt.errors import PlanError
     from packfmt.verify import values
 
     with checkpoint.open(path) as costs:
-        for name, info in costs.index.items():
-            if name not in model.index:
-                raise PlanError(f"{path}: {name} is no weight of {model.path}")
-            if info.shape not in (model.index[name].shape, model.index[name].shape[-1:]):
-                raise PlanError(f"{path}: {name} is {list(info.shape)}, the weight {list(model.index[name].shape)}")
         return {name: values(costs[name]) for name in costs}
 
 

@@ -76,8 +76,12 @@ def _steps(weight: np.ndarray, scale: np.ndarray, divide: bool = False) -> dict[
 
 
 def _inverse(step: np.ndarray) -> np.ndarray:
+    """The scale that divides. A step so large that its inverse divides to infinity is refused."""
     with np.errstate(divide="ignore", over="ignore"):
-        return _bf16("bitnet_divide", np.where(step > 0, F32(1) / step, F32(1)))
+        scale = _bf16("bitnet_divide", np.where(step > 0, F32(1) / step, F32(1)))
+        if not np.isfinite(F32(1) / scale.astype(F32)).all():
+            raise LayoutError(f"bitnet_divide: a step of {step[0, 0]:g}, whose inverse bfloat16 has not; use bf16")
+    return scale
 
 
 def _bf16(name: str, scale: np.ndarray) -> np.ndarray:

@@ -118,7 +118,8 @@ def _parts(weight: Weights, stride: int, group: int, **choice: Any) -> dict[str,
 
 def _row_parts(weight: Weights, **choice: Any) -> dict[str, Weights]:
     parts = ternary.sherry(weight, 1, max(128, weight.shape[1]), dtype="<f4", **choice)
-    return {"codes": parts["codes"], "scale": parts["scale"][:, :1].reshape(-1, 1)}
+    scale = parts["scale"][:, :1] if weight.size else np.zeros((len(weight), 1), np.float32)
+    return {"codes": parts["codes"], "scale": scale}
 
 
 def _perm_parts(weight: Weights, **choice: Any) -> dict[str, Weights]:

@@ -48,13 +48,13 @@ def _layout(name: str, m: int, k: int, bm: int, bk: int) -> Layout:
 def best(weight: np.ndarray, m: int, k: int, bm: int, bk: int) -> dict[str, np.ndarray]:
     """The scale and steps of the least squared error (`ternary.ternary`) of every matrix."""
     down, along = weight.shape[0] // m, weight.shape[1] // k
-    each = np.ascontiguousarray(weight.reshape(down, m, along, k).swapaxes(1, 2)).reshape(-1, m * k)
+    each = np.ascontiguousarray(weight.reshape(down, m, along, k).swapaxes(1, 2)).reshape(down * along, m * k)
     parts = ternary.ternary(each, m * k, "row", "<f4")
-    steps = parts["codes"].astype(np.int8).reshape(-1, m, k) - np.int8(1)
+    steps = parts["codes"].astype(np.int8).reshape(down * along, m, k) - np.int8(1)
     codes = np.empty((len(each), sum(tl2.areas(m, k, bm, bk)[1:])), np.uint8)
     for i, one in enumerate(steps):
         codes[i] = tl2.write(one, bm, bk)
-    return {"codes": codes.reshape(down, along, -1), "scale": parts["scale"].reshape(down, along, 1)}
+    return {"codes": codes.reshape(down, along, codes.shape[1]), "scale": parts["scale"].reshape(down, along, 1)}
 
 
 @cache

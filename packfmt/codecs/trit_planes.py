@@ -88,9 +88,9 @@ def _spell_nibbles(trits: Weights) -> Weights:
 
 
 def _spell_base3(trits: Weights) -> Weights:
-    count, cols_ = trits.shape[1:]
-    codes = spell.write_base3(np.ascontiguousarray(trits).reshape(-1, cols_), GROUP, np.array(RUNS), True)
-    return codes.reshape(-1, count, *codes.shape[1:])
+    many, count, columns = trits.shape
+    codes = spell.write_base3(np.ascontiguousarray(trits).reshape(many * count, columns), GROUP, np.array(RUNS), True)
+    return codes.reshape(many, count, *codes.shape[1:])
 
 
 def _encoder(

@@ -5,6 +5,7 @@ A module has
     NAME
     refusal(layout, shape), name_refusal(name)   why it cannot hold such a tensor, or ""
     plan_refusal(steps)                          why it cannot hold such tensors together, or ""
+    extras_refusal(extras)                       why it cannot do with what the model has beside them, or ""
     write(path, plan, tensors, extras, check)    one tensor at a time; `path` appears only when whole and checked
     open(path, layouts, read_as)                 a Source; `read_as` says which layouts foreign types are meant as
 
@@ -25,7 +26,7 @@ from packfmt.codec import PackedTensor
 from packfmt.errors import PlanError
 from packfmt.exporters.whole import Check
 from packfmt.layout import Layout
-from packfmt.plan import Holder, Plan, Step, TensorInfo
+from packfmt.plan import Holder, Plan, TensorInfo
 
 SUFFIXES = {"safetensors": ".safetensors", "gguf": ".gguf"}  # of files; a folder is safetensors
 NAMES = (*SUFFIXES, "bitnet")  # the last a folder that is asked for by name
@@ -69,7 +70,7 @@ class Source(Protocol):
 class Container(Holder, Protocol):
     """A container's module; what its members do stands above."""
 
-    def plan_refusal(self, steps: tuple[Step, ...]) -> str: ...
+    def extras_refusal(self, extras: Extras) -> str: ...
     def write(
         self, path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
     ) -> None: ...

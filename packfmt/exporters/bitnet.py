@@ -88,6 +88,11 @@ def plan_refusal(steps: tuple[Step, ...]) -> str:
     return ""
 
 
+def extras_refusal(extras: Extras) -> str:
+    """Why it cannot do with what the model has beside its tensors; empty if it can."""
+    return "" if extras.config is not None else "has no config.json, without which transformers cannot load the weights"
+
+
 def _stay_dense(steps: tuple[Step, ...]) -> list[str]:
     """The modules whose matrices stay dense, as modules_to_not_convert names them."""
     dense = [s for s in steps if dense_dtype(s.layout) and len(s.shape) == 2 and s.name.endswith(WEIGHT)]
@@ -99,7 +104,11 @@ def _stay_dense(steps: tuple[Step, ...]) -> list[str]:
 
 def _skips(pattern: str, module: str) -> bool:
     """Whether transformers takes a name in its list for this module (quantizers_utils.should_convert_module)."""
-    return bool(re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module)) or module.endswith(pattern)
+    try:
+        matches = re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module)
+    except re.error:  # a name that is no expression, which transformers could not take either
+        matches = None
+    return bool(matches) or module.endswith(pattern)
 
 
 # ---------------------------------------------------------------- writing
@@ -114,8 +123,8 @@ def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extra
         If the container cannot hold the steps, or a tensor is not the one its step announced.
     """
     _check_steps(path, plan.steps)
-    if extras.config is None:
-        raise PlanError(f"{plan.source}: has no config.json, without which transformers cannot load the weights")
+    if why_not := extras_refusal(extras):
+        raise PlanError(f"{plan.source}: {why_not}")
     places = _places(plan.steps)
     text = safetensors_header.text(places, {"format": "pt"})
     room = -(-len(text) // 8) * 8

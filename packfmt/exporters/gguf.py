@@ -83,9 +83,10 @@ def refusal(layout: Layout, shape: tuple[int, ...]) -> str:
         return _misfit(layout, kind, shape)
     for known in ggml_types().values():
         if layout.name in known.choices[1:]:
+            others = " or ".join(dict.fromkeys((known.choices[0], *known.instead.split(" or "))))
             return (
                 f"{known.name} has the bytes of {layout.name}, but readers would take them for {known.choices[0]}, "
-                f"as {known.why}; repack to {known.instead}, which is exact"
+                f"as {known.why}; {others} may hold its weights"
             )
     return f"GGUF has no type for {layout.name}; packfmt formats says which layouts it holds"
 
@@ -100,6 +101,11 @@ def name_refusal(name: str) -> str:
 
 def plan_refusal(steps: tuple[Step, ...]) -> str:
     """Why these tensors cannot stand together; empty, for each has a name of its own."""
+    return ""
+
+
+def extras_refusal(extras: Extras) -> str:
+    """Why it cannot do with what the model has beside its tensors; empty, for it needs nothing."""
     return ""
 
 

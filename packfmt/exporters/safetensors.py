@@ -36,6 +36,7 @@ VERSION = 1
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
 DENSE_OF = {c.components[0].cell[0].dtype: c for c in DENSE.values()}  # type: ignore[union-attr]
+FOREIGN = "U8 with a scale"  # what a tensor of Hugging Face's BitNet is stored as
 BITNET, SCALE, LINEAR = "bitnet", "_scale", "bitlinear"  # Hugging Face's: method, suffix of a scale, default class
 NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 UNKNOWN_LENGTH = 1 << 53  # stands for a stream's end while its header's length is reckoned
@@ -61,6 +62,11 @@ def plan_refusal(steps: tuple[Step, ...]) -> str:
             if name in owner:
                 return f"{step.name} and {owner[name]}: both would be stored as {name!r}; keep one of them"
             owner[name] = step.name
+    return ""
+
+
+def extras_refusal(extras: Extras) -> str:
+    """Why it cannot do with what the model has beside its tensors; empty, for it needs nothing."""
     return ""
 
 
@@ -285,13 +291,15 @@ class SafetensorsSource:
 
     def _bitnet_layout(self, read_as: Mapping[str, str]) -> Layout | None:
         """What Hugging Face's BitNet has in its uint8 tensors, by config.json or as the user says; None elsewhere."""
+        asked: Layout | None = None
         for kind, name in read_as.items():
-            found = self._layouts("packfmt", name)
-            if kind != "U8" or found is None or not dict(found.also).get(BITNET):
+            asked = self._layouts("packfmt", name)
+            if kind != "U8" or asked is None or not dict(asked.also).get(BITNET):
                 raise PlanError(
                     f"--read-as {kind}={name}: of safetensors only U8 can mean a layout, bitnet or bitnet_divide"
                 )
-            return found
+        if asked is not None:
+            return asked
         says = (self.extras.config or {}).get("quantization_config")
         if not isinstance(says, dict) or says.get("quant_method") != BITNET:
             return None
@@ -315,7 +323,7 @@ class SafetensorsSource:
                 continue
             rows, cols = info.shape
             shape, nbytes = (4 * rows, cols), info.nbytes + scale.nbytes
-            self.index[name] = TensorInfo(name, shape, "bfloat16", layout, BITNET, info.file, nbytes)
+            self.index[name] = TensorInfo(name, shape, "bfloat16", layout, FOREIGN, info.file, nbytes)
             self._scales[name] = scale.file
             del self.index[scale.name]
 

@@ -17,7 +17,6 @@ from numba import njit, types
 from numba.core import config
 from numba.extending import intrinsic
 
-from packfmt.errors import LayoutError
 from packfmt.kernels import quantize, ternary, threads
 from packfmt.kernels.quantize import _inverse
 from packfmt.kernels.ternary import AT_ONCE, SUMS, _add, _choose, _lanes, _total
@@ -31,24 +30,21 @@ GATHER = np.uint64(0x0102040810204080)  # times eight bytes of 0 or 1: their bit
 # ---------------------------------------------------------------- encoding
 
 
-def tq1_0(weight: np.ndarray) -> dict[str, np.ndarray]:
+def tq1_0(weight: np.ndarray) -> dict[str, np.ndarray] | None:
     """(rows, cols) float32 -> the records that packing `ternary.tq1_0` gives.
 
-    Raises
-    ------
-    LayoutError
-        If a weight is not finite or a scale overflows float16.
+    None if a weight is not finite, or a scale overflows float16: the slower way says where, and how many.
     """
-    return _records("tq1_0", weight, 256, 54, 52, _tq1_0)
+    return _records(weight, 256, 54, 52, _tq1_0)
 
 
-def tq2_0(weight: np.ndarray) -> dict[str, np.ndarray]:
-    """(rows, cols) float32 -> the records that packing `quantize.tq2_0` gives; refuses as `tq1_0` does."""
-    return _records("tq2_0", weight, 256, 66, 64, _tq2_0)
+def tq2_0(weight: np.ndarray) -> dict[str, np.ndarray] | None:
+    """(rows, cols) float32 -> the records that packing `quantize.tq2_0` gives; None as in `tq1_0`."""
+    return _records(weight, 256, 66, 64, _tq2_0)
 
 
-def sherry(weight: np.ndarray, stride: int, block: int) -> dict[str, np.ndarray]:
-    """(rows, cols) float32 -> the records that packing `ternary.sherry` gives; refuses as `tq1_0` does.
+def sherry(weight: np.ndarray, stride: int, block: int) -> dict[str, np.ndarray] | None:
+    """(rows, cols) float32 -> the records that packing `ternary.sherry` gives; None as in `tq1_0`.
 
     A record has a nibble and then a bit for each of block / 4 quads, then the float16 scale: 42 bytes
     for a block of 256, 22 for 128. block : 256 or 128. stride : 1 or 16.
@@ -59,12 +55,12 @@ def sherry(weight: np.ndarray, stride: int, block: int) -> dict[str, np.ndarray]
         codes = np.empty(block // 4, np.uint8)
         return _sherry(bits, stride, out, scale, codes, codes.view(np.uint64), ternary.scratch())
 
-    return _records("sherry", weight, block, planes + 2, planes, loop)
+    return _records(weight, block, planes + 2, planes, loop)
 
 
 def _records(
-    name: str, weight: np.ndarray, block: int, size: int, scale_at: int, loop: Callable[..., int]
-) -> dict[str, np.ndarray]:
+    weight: np.ndarray, block: int, size: int, scale_at: int, loop: Callable[..., int]
+) -> dict[str, np.ndarray] | None:
     """Run a loop over all rows: records of `size` bytes, with a float16 scale at byte `scale_at`."""
     rows, cols = weight.shape
     out = np.empty((rows, cols // block * size), np.uint8)
@@ -78,11 +74,13 @@ def _records(
             tops.append(int(loop(weight[mine], bits[mine], out[mine], scale[mine], scale_bits[mine])))
 
     threads.spread(work, rows, -(-quantize.LEAST_WEIGHTS // max(1, cols)))
-    if max(tops) >= INFINITE:
-        raise LayoutError(f"{name}: a weight is not finite")
+    with np.errstate(over="ignore"):
+        rounded = scale.astype(np.float16)
+    if max(tops) >= INFINITE or np.isinf(rounded).any():
+        return None
     half = np.dtype({"names": ["scale"], "formats": ["<f2"], "offsets": [scale_at], "itemsize": size})
     if out.size:
-        out.view(half)["scale"] = quantize._half(name, scale)
+        out.view(half)["scale"] = rounded
     return {"blocks": out}
 
 

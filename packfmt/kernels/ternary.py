@@ -96,7 +96,8 @@ def sherry(
             _weighted(units[mine], bits[mine], weighing, start, stride, codes[mine], scale[mine], zeros)
 
     _share(work, units)
-    return {"codes": codes.reshape(len(weight), -1), "scale": _spread("sherry", weight, group, units, scale, dtype)}
+    rows, cols = weight.shape
+    return {"codes": codes.reshape(rows, cols // 4), "scale": _spread("sherry", weight, group, units, scale, dtype)}
 
 
 def misfits(weight: np.ndarray, stride: int, group: int) -> int:
