@@ -89,6 +89,9 @@ def open(
     path, told = Path(path), dict(read_as or {})
     name = container or container_of(path)
     source = exporters.get(name).open(path, foreign_layout, told)
+    if isinstance(base, str | Path) and str(base) and not Path(base).exists():
+        source.close()
+        container_of(Path(base))  # says what is near
     undecided = {kind: choices for kind, choices in source.undecided.items() if choices}
     if undecided and base not in (None, ""):
         source.close()

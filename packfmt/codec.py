@@ -119,6 +119,17 @@ def respelled_bytes(source: Layout, target: Layout, shape: tuple[int, ...]) -> i
     return respelling.held(source, target, matrix(shape))
 
 
+def encoding_bytes(layout: Layout, shape: tuple[int, ...], lossless: bool = False) -> int:
+    """Bytes that encoding a tensor holds at most beside its source and result: float32, codes, what lies between."""
+    if dense_dtype(layout):
+        return 5 * prod(shape)
+    seen = respelling.view(layout, matrix(shape))
+    planes = seen.planes if isinstance(seen, respelling.View) else 1
+    blocks = len(layout.components) == 1 and layout.grid.name not in ("pairs", "tl2")
+    each = (5 if blocks else 10) + (2 * planes if planes > 1 else 0) + (7 if lossless else 0)
+    return each * prod(shape)
+
+
 def is_ternary(layout: Layout, shape: tuple[int, ...]) -> bool:
     """Whether numbers are -1, 0 or 1 times a scale, or a sum of such; a fourth code may go unused."""
     seen = respelling.view(layout, matrix(shape))

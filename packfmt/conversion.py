@@ -135,11 +135,14 @@ def saved_plan(path: Path, model: Checkpoint, target: Path, container: str = "")
 
 def target_container(target: Path, name: str = "") -> exporters.Container:
     """The container that a destination is written in: by name, by suffix, or a safetensors folder."""
-    if not name:
-        if target.suffix in NO_FOLDERS:
-            raise PlanError(f"{target}: a folder, a .safetensors or a .gguf is written, no {target.suffix}")
-        name = next((n for n, suffix in exporters.SUFFIXES.items() if target.suffix == suffix), "safetensors")
-    return exporters.get(name)
+    by_suffix = next((n for n, suffix in exporters.SUFFIXES.items() if target.suffix.lower() == suffix), "")
+    if by_suffix and target.suffix != exporters.SUFFIXES[by_suffix]:
+        raise PlanError(f"{target}: write {exporters.SUFFIXES[by_suffix]}, in small letters")
+    if name and by_suffix not in ("", name):
+        raise PlanError(f"{target}: its name says {by_suffix}, --export {name}; choose one")
+    if not name and target.suffix.lower() in NO_FOLDERS:
+        raise PlanError(f"{target}: a folder, a .safetensors or a .gguf is written, no {target.suffix}")
+    return exporters.get(name or by_suffix or "safetensors")
 
 
 def run(
@@ -290,6 +293,8 @@ def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
     here = target.resolve()
     if any(f == here or here in f.parents for f in files) or _same_file(target, model.path):
         raise PlanError(f"{target}: is the source or holds it; choose another destination")
+    if model.path.is_dir() and model.path.resolve() in here.parents:
+        raise PlanError(f"{target}: lies in the source, which would carry it along; choose another destination")
     if target.exists() and not force:
         raise PlanError(f"{target}: exists; choose another destination or say --force to replace it")
     one_file = target.suffix in exporters.SUFFIXES.values() or plan.container == "gguf"

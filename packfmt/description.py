@@ -154,7 +154,7 @@ class _Reader:
             of = self.choice(data["of"], "of", ("rows", "cols"))
             return Axis(self.text(data["name"], "an axis"), of, per, 0, pad)
         data = self.record(data, "an axis", "name size")
-        return Axis(self.text(data["name"], "an axis"), "", 1, self.number(data["size"], "size", 1, 1 << 20))
+        return Axis(self.text(data["name"], "an axis"), "", 1, self.number(data["size"], "size", 1, MAX_EXTENT))
 
     def component(self, data: Any) -> Component | Stream:
         if isinstance(data, dict) and "stream" in data:

@@ -18,6 +18,7 @@ import numpy as np
 from packfmt.codec import (
     Codec,
     dense_dtype,
+    encoding_bytes,
     exact_if,
     is_float,
     is_ternary,
@@ -105,8 +106,7 @@ class Step:
     @property
     def working_set(self) -> int:
         """Bytes held at once: what is read, its float32 form where there is one, codes, and the result."""
-        count = prod(self.shape)
-        floats = 0 if self.action in (KEEP, "repack") else 5 * count
+        floats = 0 if self.action in (KEEP, "repack") else encoding_bytes(self.layout, self.shape, self.lossless)
         if self.action == "repack" and not moves_as_bits(self.before, self.layout, self.shape):
             floats = respelled_bytes(self.before, self.layout, self.shape)
         return self.before.nbytes(*matrix(self.shape)) + floats + self.nbytes
@@ -242,6 +242,10 @@ def _step(
     target, reason = _choose(info, recipe, rules)
     if target != KEEP and info.name + "_scale_inv" in index:
         raise PlanError("has a weight_scale_inv beside it, so its numbers alone are not the weight; not read yet")
+    if recipe.to != KEEP and info.dtype == "uint8" and info.layout == DENSE["u8"] and info.name + "_scale" in index:
+        raise PlanError(
+            "has a weight_scale beside it; if these are Hugging Face's BitNet weights, say --read-as U8=bitnet"
+        )
     if target not in (KEEP, DENSE_AGAIN) and (misfit := _misfit(shelf[target].layout, info.shape)):
         have, noun, need = misfit
         if not recipe.fallback:
@@ -251,6 +255,7 @@ def _step(
         target, reason = recipe.fallback, f"--fallback, as {have} {noun} do not fill {target}"
     layout = _layout(info, target, shelf)
     layout.fit(*matrix(info.shape))  # the fallback may not fit either
+    Layout.from_json(layout.to_json())  # what a reader could not take back is not written
     rounded = target in shelf and recipe.encoder in shelf[target].encoders
     action = _action(info, layout, rounded)
     if action == "requantise":

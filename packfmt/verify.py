@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import inf, sqrt
 from pathlib import Path
@@ -59,13 +59,19 @@ class Finding:
         return {**asdict(self), "severity": self.severity}
 
 
-def validate(path: Path, level: Level = "data", names: Names = iter) -> list[Finding]:
+def validate(
+    path: Path,
+    level: Level = "data",
+    names: Names = iter,
+    read_as: Mapping[str, str] | None = None,
+    base: str | Path = "",
+) -> list[Finding]:
     """What is wrong with a model at this path, by its own description.
 
     `header` opens it: lengths, names, offsets, and that components have the sizes their layouts give.
     `structure` also compares layouts with the installed formats of the same name. `data` also reads
     every tensor: checksums, scales that are not finite, unused codes, spare bits. `names` walks the
-    tensors, and may show progress.
+    tensors, and may show progress. `read_as` and `base` as in `checkpoint.open`.
 
     Raises
     ------
@@ -75,7 +81,7 @@ def validate(path: Path, level: Level = "data", names: Names = iter) -> list[Fin
     if not path.exists():
         checkpoint.container_of(path)  # says what is near
     try:
-        model = checkpoint.open(path)
+        model = checkpoint.open(path, read_as=read_as, base=base)
     except ContainerError as error:
         return [Finding(error.rule, str(path), _bare(str(error), path))]
     with model:
@@ -108,7 +114,10 @@ def _tensor(model: Checkpoint, name: str) -> list[Finding]:
         return [Finding(error.rule, where, str(error).removeprefix(f"{model.index[name].file}: {name}: "))]
     except LayoutError as error:
         return [Finding("PF106", where, str(error))]
-    return [Finding(rule, where, message) for rule, message in tensor_findings(tensor)]
+    try:
+        return [Finding(rule, where, message) for rule, message in tensor_findings(tensor)]
+    except LayoutError as error:  # a description whose grid cannot take its parts
+        return [Finding("PF111", where, str(error))]
 
 
 def tensor_findings(tensor: PackedTensor) -> list[tuple[str, str]]:
@@ -129,9 +138,12 @@ def tensor_findings(tensor: PackedTensor) -> list[tuple[str, str]]:
 
 def laws(tensor: PackedTensor) -> list[str]:
     """The laws that a tensor breaks: pack(unpack(bytes)) == bytes, and decoding gives numbers."""
-    broken = [message for rule, message in tensor_findings(tensor) if rule == "PF121"]
-    if not dense_dtype(tensor.layout) and not np.isfinite(tensor.decode()).all():
-        broken.append("decodes to numbers that are not finite")
+    try:
+        broken = [message for rule, message in tensor_findings(tensor) if rule == "PF121"]
+        if not dense_dtype(tensor.layout) and not np.isfinite(tensor.decode()).all():
+            broken.append("decodes to numbers that are not finite")
+    except LayoutError as error:
+        return [str(error)]
     return broken
 
 

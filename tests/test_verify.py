@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from packfmt import checkpoint, codecs, verify
+from packfmt import checkpoint, codecs, exporters, verify
 from packfmt.codec import PackedTensor
-from packfmt.layout import DENSE
+from packfmt.exporters import Extras
+from packfmt.layout import COLS, DENSE, ROWS, Axis, Digit, Values, blocks, grid
+from packfmt.plan import Plan, Step
 from tests.models import folder, normal
 
 BAD = Path(__file__).parent.parent / "spec" / "bad"
@@ -77,3 +79,20 @@ def test_names_that_only_one_model_has_are_told(tmp_path: Path) -> None:
     with checkpoint.open(a) as left, checkpoint.open(b) as right:
         found = {d.name: (d.same_bytes, d.note) for d in verify.compare(left, right)}
     assert found == {"x": (False, f"only in {a}"), "y": (True, ""), "z": (False, f"only in {b}")}
+
+
+def test_a_grid_that_cannot_take_its_parts_is_a_finding_and_a_broken_law(tmp_path: Path) -> None:
+    """A description that is well formed, but whose runs have sums beyond 64 bits."""
+    runs = ((2**63 - 1, 1), (2**63 - 1, 1), (10, 1))
+    digits = (Digit("byte", 1, 8),)
+    layout = blocks(
+        "evil", 8, Values("codes", "u1", digits), Values("scale", "<f2"),
+        grid=grid("base3", block=8, runs=runs, first="high"), axes=(ROWS, COLS, Axis("byte", size=8)),
+    )  # fmt: skip
+    tensor = PackedTensor(layout, (64, 64), {"blocks": np.zeros((64, 80), np.uint8)})
+    step = Step("w", (64, 64), "float32", layout, layout, "keep", "")
+    target = tmp_path / "evil.safetensors"
+    exporters.get("safetensors").write(target, Plan("", "safetensors", (step,)), iter([tensor]), Extras())
+    (found,) = verify.validate(target)
+    assert found.rule == "PF111" and "runs of" in found.message
+    assert "runs of" in verify.laws(tensor)[0]

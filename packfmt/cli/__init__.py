@@ -7,6 +7,7 @@ read, or an environment failure; 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -16,7 +17,12 @@ GOOD, FOUND, REFUSED, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main() -> None:
-    """Run the command line and exit with its code."""
+    """Run the command line and exit with its code. A request to terminate ends it as an interrupt does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         code = run()
     except KeyboardInterrupt:  # while modules were imported

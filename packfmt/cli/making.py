@@ -286,10 +286,12 @@ def _show_summary(plan: Plan) -> None:
 
 
 def _ratio(before: int, after: int) -> str:
-    ratio = before / max(1, after)
+    if not before or not after:
+        return "of no weights"
+    ratio = before / after
     if 0.99 < ratio < 1.01:
         return "the same size"
-    return f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / max(ratio, 1e-9):.2f} times larger"
+    return f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times larger"
 
 
 def _action(action: str, exact: bool) -> str:

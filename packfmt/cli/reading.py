@@ -5,14 +5,15 @@ Heavy modules are imported inside the commands: --help answers before NumPy woul
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from packfmt.cli import FOUND, GOOD
-from packfmt.cli.options import Json, Source, app
+from packfmt.cli import FAILED, FOUND, GOOD
+from packfmt.cli.options import Base, Json, ReadAs, Source, app, read_as_of
 
 
 @app.command()
@@ -57,14 +58,14 @@ def formats(json: Json = False) -> int:
 
 
 @app.command()
-def inspect(source: Source, json: Json = False) -> int:
+def inspect(source: Source, read_as: ReadAs = None, base: Base = None, json: Json = False) -> int:
     """Show what is inside a model. Tensors, layouts, bits per weight, metadata."""
     from math import prod
 
     from packfmt import checkpoint
     from packfmt.cli import show
 
-    with checkpoint.open(source) as model:
+    with checkpoint.open(source, read_as=read_as_of(read_as), base=base or "") as model:
         infos = list(model.index.values())
         config, container, files = model.extras.config or {}, model.container, sorted(model.extras.files)
         keys = {k: v.value for k, v in model.extras.keyvalues.items()}
@@ -108,15 +109,24 @@ def inspect(source: Source, json: Json = False) -> int:
 def validate(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="files or folders", show_default=False)],
     level: Annotated[str, typer.Option(help="how deep: header, structure or data")] = "data",
+    read_as: ReadAs = None,
+    base: Base = None,
     json: Json = False,
 ) -> int:
     """Check files against their own description. Headers, sizes, checksums, scales that are no numbers."""
     from packfmt import verify as laws
     from packfmt.cli import show
+    from packfmt.errors import ContainerError
 
     if level not in laws.LEVELS:
         raise typer.BadParameter(f"{level!r} is not one of {', '.join(laws.LEVELS)}", param_hint="--level")
-    found = {path: laws.validate(path, level, partial(show.watched, quiet=json)) for path in paths}
+    found, missing = {}, []
+    for path in paths:
+        try:
+            watched = partial(show.watched, quiet=json)
+            found[path] = laws.validate(path, level, watched, read_as_of(read_as), base or "")
+        except ContainerError as error:  # the others are told all the same
+            missing.append(str(error))
     if json:
         show.as_json(
             [{"path": str(p), "level": level, "findings": [f.to_json() for f in fs]} for p, fs in found.items()]
@@ -127,6 +137,10 @@ def validate(
                 print(f"{f.where}: {f.rule} {f.severity}: {f.message}")
             if not findings:
                 print(f"{path}: good")
+    for message in missing:
+        print(f"packfmt: {message}", file=sys.stderr)
+    if missing:
+        return FAILED
     return FOUND if any(f.severity == "error" for fs in found.values() for f in fs) else GOOD
 
 
@@ -136,6 +150,8 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(metavar="SRC", help="the model it was made from: gives errors")
     ] = None,
+    read_as: ReadAs = None,
+    base: Base = None,
     json: Json = False,
 ) -> int:
     """Check the laws on a real file. Unpacking and packing give the same bytes; weights are numbers."""
@@ -147,7 +163,8 @@ def verify(
 
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        model = stack.enter_context(checkpoint.open(source))
+        kinds = read_as_of(read_as)
+        model = stack.enter_context(checkpoint.open(source, read_as=kinds, base=base or against or ""))
         origin = stack.enter_context(checkpoint.open(against)) if against else None
         for name in show.watched(model, quiet=json):
             tensor = model[name]
@@ -182,6 +199,8 @@ def verify(
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", show_default=False)],
+    read_as: ReadAs = None,
+    base: Base = None,
     json: Json = False,
 ) -> int:
     """Compare two models tensor by tensor. Same bytes, same values, or how far apart; exit 1 if values differ."""
@@ -189,7 +208,8 @@ def diff(
     from packfmt import verify as laws
     from packfmt.cli import show
 
-    with checkpoint.open(a) as left, checkpoint.open(b) as right:
+    kinds = read_as_of(read_as)  # of A, which B can tell by, if it is dense
+    with checkpoint.open(a, read_as=kinds, base=base or b) as left, checkpoint.open(b) as right:
         rows = list(laws.compare(left, right, partial(show.watched, quiet=json)))
     apart = [r for r in rows if not r.same_values]
     if json:

@@ -71,7 +71,8 @@ def get(name: str) -> Codec:
             return made
     if name not in _modules():
         called = [n for n in names() if name.upper() in (other.upper() for _, other in get(n).layout.also)]
-        near = called or get_close_matches(name, names(), 3, 0.5)
+        numbered = [written for m, (_, written) in PATTERNS.items() if name.split("_")[0] == m]
+        near = called or numbered or get_close_matches(name, names(), 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
         raise PlanError(f"no format is called {name!r}; {hint}")
     holder = import_module(_modules()[name])

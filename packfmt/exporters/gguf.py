@@ -340,10 +340,19 @@ class GgufSource:
                 known = {chosen: ggml_types()[chosen]}
             elif said & known.keys():  # packfmt wrote it
                 known = {kind: known[kind] for kind in said & known.keys()}
-            elif chosen:
-                known = {}  # a layout, whatever its type is called
+            elif chosen and not self._fitting(known, mine):
+                known = {}  # a layout of bytes that no known type has
             out[number] = self._only(number, known, mine)
         return out
+
+    def _fitting(self, known: dict[str, GgmlType], entries: list[Entry]) -> dict[str, GgmlType]:
+        """The types whose bytes fit the rooms of all these tensors."""
+        rooms, alignment = self._rooms, self._head.alignment
+        return {
+            kind: t
+            for kind, t in known.items()
+            if all(t.fits(e.shape, rooms[e.name], alignment) is not None for e in entries)
+        }
 
     def _only(self, number: int, known: dict[str, GgmlType], entries: list[Entry]) -> GgmlType | None:
         """The one type of several whose bytes fit the rooms of all tensors that have its id."""
