@@ -449,7 +449,7 @@ def nested(depth: int) -> list[Any]:
         (description(name="x" * 5000), "the name is 'x{40}', needs a short"),
         (description(name=nested(5000)), "the name is a list, needs a short"),
         (description(axes=[{"name": "rows", "of": "depth"}]), "of is 'depth', needs one of rows, cols"),
-        (description(axes=[{"name": "rows", "size": 1 << 40}]), "size is .* needs 1 to 1048576"),
+        (description(axes=[{"name": "rows", "size": 1 << 50}]), "size is .* needs 1 to 281474976710656"),
         (description(components=[{}] * 33), "components: not a list of at most 32"),
         (description(grid={}), "the grid is None, needs a short printable text"),
         (description(grid={"name": "x", "zero": float("nan")}), "a grid parameter is nan"),

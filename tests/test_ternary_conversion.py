@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +18,7 @@ from packfmt import checkpoint, codecs, conversion
 from packfmt.cli import run
 from packfmt.codec import Array
 from packfmt.errors import LayoutError, PlanError
+from packfmt.layout import Layout
 from packfmt.plan import Recipe
 from tests.models import folder, normal
 from tests.test_respelling import SIDE, ternary
@@ -207,3 +212,85 @@ def test_what_respelling_holds_is_in_the_plan(tmp_path: Path) -> None:
         assert step.working_set >= 32 * 96 * 512
         moved = conversion.plan_for(opened, tmp_path / "two", Recipe("tq2_0"))
         assert 6 * 96 * 512 <= next(s for s in moved.steps if s.name == "q_proj.weight").working_set < 9 * 96 * 512
+
+
+def test_every_layout_reads_back_from_its_description_at_the_sizes_of_real_models() -> None:
+    for name in (*codecs.names(), "mote_256", "tl1_256_128_64", "tl2_3200_8640_160_96", "tl2_8192_8192_256_96"):
+        layout = codecs.get(name).layout
+        assert Layout.from_json(layout.to_json()) == layout
+
+
+@pytest.mark.parametrize(
+    ("target", "export", "told"),
+    [
+        ("out.safetensors", "gguf", "its name says safetensors, --export gguf; choose one"),
+        ("out.gguf", "safetensors", "its name says gguf, --export safetensors; choose one"),
+        ("out.GGUF", "", "write .gguf, in small letters"),
+        ("dense/out", "", "lies in the source, which would carry it along"),
+    ],
+)
+def test_a_destination_that_contradicts_itself_is_refused(tmp_path: Path, target: str, export: str, told: str) -> None:
+    source = folder(tmp_path / "dense", {"a.weight": normal(64, 256)})
+    with pytest.raises(PlanError, match=told):
+        conversion.convert(source, tmp_path / target, "q8_0", container=export)
+    assert not (tmp_path / target).exists()
+
+
+def test_packed_weights_without_the_config_that_says_so_are_not_taken_for_whole_numbers(tmp_path: Path) -> None:
+    tensors = {
+        "a.weight": np.zeros((16, 64), np.uint8),
+        "a.weight_scale": np.ones(1, BF16),
+        "b.weight": normal(64, 256),
+    }
+    source = folder(tmp_path / "dense", tensors)
+    with pytest.raises(PlanError, match=r"a.weight: has a weight_scale beside it; .* say --read-as U8=bitnet"):
+        conversion.convert(source, tmp_path / "out", "tq2_0")
+    report = conversion.convert(source, tmp_path / "out", "tq2_0", read_as={"U8": "bitnet"}, fallback="keep")
+    assert {s.name: s.layout.name for s in report.plan.steps}["a.weight"] == "bitnet"
+
+
+def test_files_that_do_not_say_what_they_hold_are_read_with_a_word_or_the_dense_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = folder(tmp_path / "dense", {"a.weight": ternary((64, 512), SIDE + 15)})
+    conversion.convert(dense, tmp_path / "own.gguf", "sherry_s16")
+    with checkpoint.open(tmp_path / "own.gguf") as own:
+        blocks = own["a.weight"].components["blocks"]
+    write_gguf(tmp_path / "wild.gguf", blocks)
+    wild = str(tmp_path / "wild.gguf")
+    for words in (["inspect", wild], ["validate", wild], ["verify", wild]):
+        run(words)
+        assert "--read-as STQ1_0=sherry_s16" in "".join(capsys.readouterr())
+        assert run([*words, "--read-as", "STQ1_0=sherry_s16"]) == 0
+        capsys.readouterr()
+    assert run(["verify", wild, "--against", str(dense)]) == 0
+    assert run(["diff", wild, str(dense)]) == run(["diff", wild, str(tmp_path / "own.gguf")]) == 0
+    assert run(["inspect", wild, "--base", str(tmp_path / "none")]) == 3
+    assert run(["validate", wild, str(tmp_path / "none"), "--base", str(dense)]) == 3
+    assert f"{wild}: good" in capsys.readouterr().out
+
+
+def write_gguf(path: Path, blocks: Array) -> None:
+    """A GGUF as another program writes it, with one tensor of 64 x 512 weights in STQ1_0."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    head = struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    head += text("a.weight") + struct.pack("<IQQIQ", 2, 512, 64, 43, 0)
+    path.write_bytes(head.ljust(-(-len(head) // 32) * 32, b"\0") + blocks.tobytes())
+
+
+def test_a_request_to_terminate_leaves_nothing_behind(tmp_path: Path) -> None:
+    tensors = {f"{i}.weight": normal(1024, 1024, seed=i) for i in range(12)}
+    source = folder(tmp_path / "dense", tensors)
+    code = "import sys; from packfmt.cli import main; sys.argv = ['packfmt', *sys.argv[1:]]; main()"
+    words = [sys.executable, "-c", code, "convert", str(source), str(tmp_path / "out"), "--to", "ptqtp4"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (130, "packfmt: interrupted; nothing was left half-written\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
