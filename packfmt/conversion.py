@@ -130,7 +130,10 @@ def saved_plan(path: Path, model: Checkpoint, target: Path, container: str = "")
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise PlanError(f"{path}: not a saved plan: {error}") from error
-    return from_json(data, model.index, target_container(target, container), codecs.get)
+    try:
+        return from_json(data, model.index, target_container(target, container), codecs.get)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
 
 
 def target_container(target: Path, name: str = "") -> exporters.Container:

@@ -407,7 +407,7 @@ def test_transformers_loads_the_folder_and_computes_with_our_weights(torch: Any,
     assert all(type(m) is kind for m in layers.values())
     rng = np.random.default_rng(9)
     with checkpoint.open(out) as ours:
-        assert {n.removesuffix(".weight") for n, i in ours.index.items() if i.kind == "bitnet"} == set(layers)
+        assert {n.removesuffix(".weight") for n, i in ours.index.items() if i.kind == "U8 with a scale"} == set(layers)
         for layer_name, layer in layers.items():
             tensor = ours[layer_name + ".weight"]
             parts = tensor.unpack()

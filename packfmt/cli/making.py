@@ -130,7 +130,7 @@ def decode(
     source: Source,
     target: Target,
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="f32, f16 or bf16; default: what each weight was before")
+        str, typer.Option(metavar="DTYPE", help="f64, f32, f16 or bf16; default: what each weight was before")
     ] = "",
     force: Force = False,
     read_as: ReadAs = None,

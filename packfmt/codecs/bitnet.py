@@ -63,9 +63,7 @@ def absmean_divide(weight: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _least_error(weight: np.ndarray) -> np.ndarray:
-    if not weight.size:
-        return np.zeros((1, 1), F32)
-    return ternary.ternary(weight, weight.shape[1], "tensor", "<f4")["scale"][:1]
+    return ternary.one_scale(weight)["scale"]
 
 
 def _steps(weight: np.ndarray, scale: np.ndarray, divide: bool = False) -> dict[str, np.ndarray]:

@@ -39,13 +39,6 @@ def _layout(name: str, unit: int, machine: str, also: tuple[tuple[str, str], ...
     )
 
 
-def best(weight: np.ndarray) -> dict[str, np.ndarray]:
-    """The scale and steps of the least squared error (`ternary.ternary`), one scale for all."""
-    parts = ternary.ternary(weight, max(1, weight.shape[1]), "tensor", "<f4")
-    scale = parts["scale"][:1] if weight.size else np.zeros((1, 1), np.float32)
-    return {"codes": parts["codes"], "scale": scale}
-
-
 def ggml(weight: np.ndarray) -> dict[str, np.ndarray]:
     """bitnet.cpp's rule, meant for weights that are ternary already: the scale is the peak, a step the sign.
 
@@ -56,7 +49,7 @@ def ggml(weight: np.ndarray) -> dict[str, np.ndarray]:
     return {"codes": codes, "scale": np.full((1, 1), scale, np.float32)}
 
 
-ENCODERS = {"best": best, "ggml": ggml}
+ENCODERS = {"best": ternary.one_scale, "ggml": ggml}
 
 CODECS = {
     layout.name: Codec(layout, ENCODERS)

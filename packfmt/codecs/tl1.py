@@ -46,10 +46,9 @@ def _layout(name: str, bm: int, bk: int, bmm: int) -> Layout:
 
 
 def best(weight: np.ndarray) -> dict[str, np.ndarray]:
-    """The scale and steps of the least squared error (`ternary.ternary`), one scale for all."""
-    parts = ternary.ternary(weight, max(1, weight.shape[1]), "tensor", "<f4")
-    scale = parts["scale"][:1] if weight.size else np.zeros((1, 1), np.float32)
-    return {"codes": 3 * parts["codes"][:, ::2] + parts["codes"][:, 1::2], "scale": scale}
+    """The scale and steps of the least squared error, one scale for all (`ternary.one_scale`)."""
+    parts = ternary.one_scale(weight)
+    return {"codes": 3 * parts["codes"][:, ::2] + parts["codes"][:, 1::2], "scale": parts["scale"]}
 
 
 @cache

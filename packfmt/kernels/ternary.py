@@ -167,6 +167,14 @@ def ternary(
     return {"codes": codes.reshape(weight.shape), "scale": part}
 
 
+def one_scale(weight: np.ndarray, name: str = "ternary") -> dict[str, np.ndarray]:
+    """`ternary` with one float32 scale for the whole tensor: codes (rows, cols) uint8 below 3; scale (1, 1)."""
+    if not weight.size:
+        return {"codes": np.zeros(weight.shape, np.uint8), "scale": np.zeros((1, 1), F32)}
+    parts = ternary(weight, weight.shape[1], "tensor", "<f4", name)
+    return {"codes": parts["codes"], "scale": parts["scale"][:1]}
+
+
 def absmean(weight: np.ndarray) -> dict[str, np.ndarray]:
     """BitNet b1.58: the mean magnitude of the tensor is the scale; steps are the nearest, ties to zero.
 
