@@ -49,7 +49,7 @@ def fast(name: str, weight: Floats) -> bytes | None:
 def parts(name: str, weight: Floats) -> dict[str, npt.NDArray[np.generic]]:
     if name in SHERRY:
         return ternary.sherry(weight, *SHERRY[name])
-    return {"tq1_0": ternary.tq1_0, "tq2_0": quantize.tq2_0}[name](weight)
+    return dict(codecs.get(name).encoders["ggml"](weight))
 
 
 def packed(name: str, weight: Floats) -> bytes:

@@ -112,10 +112,6 @@ Weights = np.ndarray
 WEIGHTED = ("mean", "row", "tensor")
 
 
-def _parts(weight: Weights, stride: int, group: int, **choice: Any) -> dict[str, Weights]:
-    return ternary.sherry(weight, stride, group, **choice)
-
-
 def _row_parts(weight: Weights, **choice: Any) -> dict[str, Weights]:
     parts = ternary.sherry(weight, 1, max(128, weight.shape[1]), dtype="<f4", **choice)
     scale = parts["scale"][:, :1] if weight.size else np.zeros((len(weight), 1), np.float32)
@@ -161,7 +157,7 @@ def _codec(
 
 
 def _side(stride: int, group: int) -> Callable[..., dict[str, Weights]]:
-    return partial(_parts, stride=stride, group=group)
+    return partial(ternary.sherry, stride=stride, group=group)
 
 
 PER_ROW_CODEC = Codec(

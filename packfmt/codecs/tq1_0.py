@@ -42,11 +42,8 @@ def ggml(weight: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _spelled(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    codes = parts["codes"]
-    if codes.ndim == 2:
-        runs = np.array(RUNS)
-        codes = spell.write_base3(codes.astype(np.int8) - np.int8(1), BLOCK, runs, True)
-    return {"codes": codes, "scale": parts["scale"][:, :, None]}
+    steps = parts["codes"].view(np.int8) - np.int8(1)
+    return {"codes": spell.write_base3(steps, BLOCK, np.array(RUNS), True), "scale": parts["scale"][:, :, None]}
 
 
 CODEC = Codec(LAYOUT, {"best": best, "ggml": ggml}, fast={"ggml": fast.tq1_0})

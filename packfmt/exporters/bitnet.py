@@ -31,7 +31,7 @@ from packfmt.exporters.whole import Check, whole_file, whole_folder
 from packfmt.layout import Layout, itemsize
 from packfmt.plan import Plan, Step
 
-__all__ = ["NAME", "name_refusal", "open", "refusal", "write"]
+__all__ = ["NAME", "extras_refusal", "name_refusal", "open", "plan_refusal", "refusal", "write"]
 
 NAME = "bitnet"
 WEIGHT = ".weight"

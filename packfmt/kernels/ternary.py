@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import quantize, spell, threads
+from packfmt.kernels import quantize, threads
 from packfmt.kernels.quantize import _inverse, _peak, _round_away
 
 F32, F64 = np.float32, np.float64
@@ -30,7 +30,6 @@ AT_ONCE = 32  # quads in the inner loops
 SUMS = 16
 ROUNDS = 8  # of choosing zeros and scale in turn, with importance
 LEAST_MEAN = F32(1e-5)  # of absmean
-BASE3_RUNS = np.array([(32, 5), (16, 5), (4, 4)], np.int64)  # of a tq1_0 block: bytes, digits in each
 
 
 def sherry(
@@ -240,9 +239,9 @@ def q2_0(weight: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def tq1_0(weight: np.ndarray) -> dict[str, np.ndarray]:
-    """The choice of tq2_0, its codes as base-3 bytes: 256 weights share their peak as a float16 scale.
+    """The choice of tq2_0, to be spelled as base-3 bytes: 256 weights share their peak as a float16 scale.
 
-    Returns codes (rows, cols / 256, 52) uint8, scale (rows, cols / 256) float16.
+    Returns codes (rows, cols) uint8 below 3, scale (rows, cols / 256) float16.
 
     Raises
     ------
@@ -252,8 +251,7 @@ def tq1_0(weight: np.ndarray) -> dict[str, np.ndarray]:
     Source: ggml d99724f2, src/ggml-quants.c quantize_row_tq1_0_ref; gguf 0.19.0, gguf/quants.py TQ1_0
     """
     codes, scale = quantize._blocks(quantize._tq2_0, weight, 256, np.uint8)
-    steps = codes.view(np.int8) - np.int8(1)
-    return {"codes": spell.write_base3(steps, 256, BASE3_RUNS, True), "scale": quantize._half("tq1_0", scale)}
+    return {"codes": codes, "scale": quantize._half("tq1_0", scale)}
 
 
 # ---------------------------------------------------------------- what the doors share
