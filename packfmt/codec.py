@@ -80,8 +80,11 @@ class PackedTensor:
         """The weight as float32, in its logical shape, by the formula of the layout's grid."""
         return fused.decode(self.layout, self.matrix, self.components).reshape(self.shape)
 
-    def repack(self, layout: Layout) -> PackedTensor:
+    def repack(self, layout: Layout, rounded_reciprocal: bool = False) -> PackedTensor:
         """The same numbers in another layout: bits move, or codes are spelled anew; nothing is rounded.
+
+        rounded_reciprocal : let the scale of the whole tensor be rounded, where one layout multiplies by it and
+            the other divides; numbers then differ in their last bits (`respelling.respell`)
 
         Raises
         ------
@@ -91,7 +94,7 @@ class PackedTensor:
         if moves_as_bits(self.layout, layout, self.shape):
             moved = placement.repack(self.layout, layout, self.matrix, self.components)
         else:
-            moved = respelling.respell(self.layout, layout, self.matrix, self.components)
+            moved = respelling.respell(self.layout, layout, self.matrix, self.components, rounded_reciprocal)
         return PackedTensor(layout, self.shape, moved, self.dtype)
 
     def refuses(self, layout: Layout) -> str:
@@ -101,7 +104,8 @@ class PackedTensor:
 
 def moves_as_bits(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
     """Whether two layouts have the same grid and parts, so that only places differ."""
-    return source.grid == target.grid and not placement.difference(source, target, matrix(shape))
+    same = source.grid == target.grid and source.hadamard == target.hadamard
+    return same and not placement.difference(source, target, matrix(shape))
 
 
 def why_inexact(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
@@ -130,10 +134,14 @@ def encoding_bytes(layout: Layout, shape: tuple[int, ...], lossless: bool = Fals
     return each * prod(shape)
 
 
-def is_ternary(layout: Layout, shape: tuple[int, ...]) -> bool:
-    """Whether numbers are -1, 0 or 1 times a scale, or a sum of such; a fourth code may go unused."""
-    seen = respelling.view(layout, matrix(shape))
-    return isinstance(seen, respelling.View) and seen.steps <= {-1, 0, 1, 2}
+def same_numbers(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
+    """Whether codes of both mean the same numbers times scales, or all are ternary: then nothing need be rounded."""
+    return respelling.alike(source, target, matrix(shape))
+
+
+def only_inverts(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
+    """Whether all that may be rounded is the scale of the whole tensor, which multiplies here and divides there."""
+    return respelling.inverts(source, target, matrix(shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +155,7 @@ class Codec:
     fast : for some encoders, what gives the components at once: the same bytes as packing the parts; or
         None for a weight that is not finite or cannot be encoded, which the slower way explains
     remark : what an encoder does to this weight that a user should know, in words; empty if nothing
+    shared : encoders that also take `peak`, for several tensors can have one scale in common
     """
 
     layout: Layout
@@ -154,9 +163,16 @@ class Codec:
     weighted: tuple[str, ...] = ()
     fast: Mapping[str, Callable[[npt.NDArray[np.float32]], dict[str, Array] | None]] = field(default_factory=dict)
     remark: Callable[[npt.NDArray[np.float32]], str] | None = None
+    shared: tuple[str, ...] = ()
 
     def encode(
-        self, weight: Array, encoder: str = "", *, importance: Array | None = None, lossless: bool = False
+        self,
+        weight: Array,
+        encoder: str = "",
+        *,
+        importance: Array | None = None,
+        peak: float | None = None,
+        lossless: bool = False,
     ) -> PackedTensor:
         """Pack a weight of shape (..., cols) and any float dtype of NumPy or ml_dtypes.
 
@@ -167,6 +183,8 @@ class Codec:
         weight : (..., cols)
         encoder : a name of `encoders`; default: the first
         importance : what an error of each weight costs, not negative: (cols,) or the weight's shape
+        peak : the largest magnitude of all tensors that shall have the same scale for a whole tensor; left
+            alone by encoders that choose no such scale
         lossless : refuse a weight that decodes to other numbers
 
         Raises
@@ -188,7 +206,11 @@ class Codec:
         components = self.fast[chosen](flat) if chosen in self.fast and importance is None else None
         if components is None:
             self._check_finite(weight, flat)
-            extra = {} if importance is None else {"importance": self._costs(chosen, shape, importance)}
+            extra: dict[str, Any] = {}
+            if importance is not None:
+                extra["importance"] = self._costs(chosen, shape, importance)
+            if peak is not None and chosen in self.shared:
+                extra["peak"] = np.float32(peak)
             components = placement.pack(self.layout, shape, self.encoders[chosen](flat, **extra))
         packed = PackedTensor(self.layout, weight.shape, components, weight.dtype.name)
         if lossless and (reason := self.loss(weight, packed)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +19,14 @@ from packfmt.checkpoint import Checkpoint
 from packfmt.codec import Array, PackedTensor, dense_dtype, dense_values
 from packfmt.errors import ContainerError, LayoutError, MachineError, PlanError
 from packfmt.layout import DENSE
-from packfmt.plan import DENSE_AGAIN, MAX_SHARD, RESTORED, Plan, Recipe, Step, from_json, make_plan
+from packfmt.plan import DENSE_AGAIN, MAX_SHARD, RESCALE, RESTORED, Plan, Recipe, Step, from_json, make_plan
 
 Progress = Callable[[str], None]  # called with the tensor's name when a step is done
 NO_FOLDERS = (".onnx", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".npz", ".json", ".ggml", ".msgpack", ".zip")
 MOST_LINES = 8  # of refused tensors
+FUSED_NAMES = (("q_proj", "k_proj", "v_proj", "query", "key", "value", "attn_q", "attn_k", "attn_v"),
+               ("gate_proj", "up_proj", "w1", "w3", "ffn_gate", "ffn_up"))  # fmt: skip
+FUSED = re.compile(rf"(^|.*\.)({'|'.join(name for names in FUSED_NAMES for name in names)})(\.weight)$")
 SPARE = 1 << 20  # bytes of disk wanted beside the tensors, for headers
 
 
@@ -92,9 +96,9 @@ def plan_for(model: Checkpoint, target: Path, recipe: Recipe, container: str = "
     """The plan of a conversion of an open model (`plan.make_plan`)."""
     quantised = (model.extras.config or {}).get("quantization_config") or {}
     method = quantised.get("quant_method", "packfmt") if isinstance(quantised, dict) else quantised
-    if method not in ("packfmt", "bitnet"):
-        raise PlanError(f"{model.path}: quantised already, as {method!r}, which packfmt does not read yet; "
-                        "convert the model it was made from")  # fmt: skip
+    if not isinstance(method, str) or method not in ("packfmt", *exporters.METHODS):
+        raise PlanError(f"{model.path}: quantised already, as {method!r}, which packfmt does not read yet "
+                        f"(it reads {', '.join(exporters.METHODS)}); convert the model it was made from")  # fmt: skip
     holder = target_container(target, container)
     plan = make_plan(str(model.path), model.index, recipe, holder, codecs.get)
     if why_not := holder.extras_refusal(model.extras):
@@ -113,10 +117,11 @@ def _survey(plan: Plan, model: Checkpoint) -> None:
         With a line for each tensor that would lose something.
     """
     lines = []
+    peak = _shared_peaks(plan, model)
     for step in plan.steps:
         if step.lossless or step.action == "repack":
             try:
-                apply(step, model[step.name])
+                apply(step, model[step.name], peak=peak(step))
             except LayoutError as error:
                 lines.append(f"{step.name}: {error}")
     if lines:
@@ -217,10 +222,11 @@ def _costs(plan: Plan, importance: Mapping[str, Array]) -> Iterator[str]:
 def _results(
     plan: Plan, model: Checkpoint, progress: Progress | None, importance: Mapping[str, Array], remarks: list[str]
 ) -> Iterator[PackedTensor]:
+    peak = _shared_peaks(plan, model)
     for step in plan.steps:
         try:
             tensor = model[step.name]
-            result = apply(step, tensor, importance.get(step.name))
+            result = apply(step, tensor, importance.get(step.name), peak(step))
         except LayoutError as error:
             hint = "; --encoder NAME would round it" if step.action == "repack" else ""
             raise LayoutError(f"{step.name}: {error}{hint}") from error
@@ -232,14 +238,43 @@ def _results(
             progress(step.name)
 
 
-def apply(step: Step, tensor: PackedTensor, importance: Array | None = None) -> PackedTensor:
-    """One step on one tensor."""
+def _shared_peaks(plan: Plan, model: Checkpoint) -> Callable[[Step], float | None]:
+    """What gives the largest magnitude of the layers that run as one, for a step whose encoder wants to know.
+
+    Engines multiply by queries, keys and values at once, and by gates beside what they open; such layers must
+    share the scale of the whole tensor (vLLM 0.11, nvfp4 linear methods; NVIDIA ModelOpt, unified_export_hf.py).
+    """
+    together: dict[tuple[str, str], list[Step]] = {}
+    group_of: dict[str, tuple[str, str]] = {}
+    for step in plan.steps:
+        alone = FUSED.sub(lambda found: found[1] + "*" + found[3], step.name)
+        if alone != step.name and step.encoder and step.encoder in codecs.get(step.layout.name).shared:
+            kind = next(i for i, names in enumerate(FUSED_NAMES) if FUSED.search(step.name)[2] in names)  # type: ignore[index]
+            group_of[step.name] = (f"{alone} {kind}", step.layout.id)
+            together.setdefault(group_of[step.name], []).append(step)
+    found: dict[tuple[str, str], float] = {}
+
+    def peak(step: Step) -> float | None:
+        group = group_of.get(step.name)
+        if group is None or len(together[group]) == 1:
+            return None
+        if group not in found:
+            found[group] = max(
+                float(np.abs(_weight(model[s.name]).astype(np.float32)).max(initial=0)) for s in together[group]
+            )
+        return found[group]
+
+    return peak
+
+
+def apply(step: Step, tensor: PackedTensor, importance: Array | None = None, peak: float | None = None) -> PackedTensor:
+    """One step on one tensor. `peak`: as `Codec.encode` has it."""
     if tensor.layout != step.before or tensor.shape != step.shape:
         raise ContainerError(f"{step.name}: is {tensor.layout.name} {tensor.shape}, planned from {step.before.name}")
     if step.action == "keep":
         return tensor
-    if step.action == "repack":
-        return tensor.repack(step.layout)
+    if step.action in ("repack", RESCALE):
+        return tensor.repack(step.layout, rounded_reciprocal=step.action == RESCALE and not step.lossless)
     weight = _weight(tensor)
     if step.layout.name == "f64":
         values = weight.astype(np.float64).reshape(DENSE["f64"].shapes(*tensor.matrix)["values"])
@@ -247,7 +282,7 @@ def apply(step: Step, tensor: PackedTensor, importance: Array | None = None) -> 
     codec = codecs.get(step.layout.name)
     if step.encoder not in codec.weighted:
         importance = None
-    packed = codec.encode(weight, step.encoder, importance=importance, lossless=step.lossless)
+    packed = codec.encode(weight, step.encoder, importance=importance, peak=peak, lossless=step.lossless)
     return replace(packed, dtype=step.dtype)
 
 

@@ -30,6 +30,7 @@ from packfmt.layout import (
     dtype_of,
 )
 
+MOST_HADAMARD: Final = 1024
 MOST: Final = {"axes": 8, "components": 32, "a cell": 64, "digits": 16, "dims": 8, "a list of numbers": 4096}
 
 
@@ -40,7 +41,7 @@ def write(layout: Layout) -> dict[str, Any]:
         "axes": [_axis_json(a) for a in layout.axes],
         "components": [_component_json(c) for c in layout.components],
         "grid": {"name": layout.grid.name, **{key: _lists(value) for key, value in layout.grid.params}},
-    }
+    } | ({"hadamard": layout.hadamard} if layout.hadamard else {})
 
 
 def read(data: Any) -> Layout:
@@ -65,7 +66,8 @@ def _axis_json(a: Axis) -> dict[str, Any]:
     if not a.of:
         return {"name": a.name, "size": a.size}
     out: dict[str, Any] = {"name": a.name, "of": a.of}
-    return out | ({"per": a.per} if a.per != 1 else {}) | ({"pad": a.pad} if a.pad != 1 else {})
+    extra = {"per": a.per if a.per != 1 else 0, "pad": a.pad if a.pad != 1 else 0, "plus": a.plus}
+    return out | {key: value for key, value in extra.items() if value}
 
 
 def _digits_json(digits: tuple[Digit, ...]) -> list[Any]:
@@ -76,7 +78,7 @@ def _component_json(c: Component | Stream) -> dict[str, Any]:
     if isinstance(c, Stream):
         return {"name": c.name, "stream": c.dtype}
     out: dict[str, Any] = {"name": c.name, "over": _digits_json(c.over), "cell": [_member_json(m) for m in c.cell]}
-    return out | ({"dims": list(c.dims)} if c.dims else {})
+    return out | ({"dims": list(c.dims)} if c.dims else {}) | ({"ragged": True} if c.ragged else {})
 
 
 def _member_json(m: Codes | Values) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class _Reader:
         return str(data)
 
     def layout(self, data: Any) -> Layout:
-        data = self.record(data, "a layout", "name axes components grid")
+        data = self.record(data, "a layout", "name axes components grid", "hadamard")
         axes = tuple(self.axis(a) for a in self.items(data["axes"], "axes"))
         components = tuple(self.component(c) for c in self.items(data["components"], "components"))
         params = data["grid"]
@@ -135,24 +137,26 @@ class _Reader:
             raise self.fail("the grid is not a record of at most 32 parameters")
         read = {self.text(key, "a grid parameter"): self.parameter(value) for key, value in params.items()}
         function = Grid(self.text(read.pop("name", None), "the grid"), tuple(sorted(read.items())))
-        return Layout(self.text(data["name"], "the name"), components, function, axes)
+        size = self.number(data["hadamard"], "hadamard", 2, MOST_HADAMARD) if "hadamard" in data else 0
+        return Layout(self.text(data["name"], "the name"), components, function, axes, hadamard=size)
 
     def parameter(self, data: Any, deep: int = 0) -> Any:
         """A number, a text, or numbers and texts in lists of lists at most."""
         if isinstance(data, list) and deep < 2:
             return tuple(self.parameter(value, deep + 1) for value in self.items(data, "a list of numbers"))
         if isinstance(data, str):
-            return self.text(data, "a grid parameter")
+            return data and self.text(data, "a grid parameter")  # which may be nothing
         if (isinstance(data, int) and abs(data) <= 1 << 64) or (isinstance(data, float) and isfinite(data)):
             return data
         raise self.fail(f"a grid parameter is {_shown(data)}, needs a number, a text or a list")
 
     def axis(self, data: Any) -> Axis:
         if isinstance(data, dict) and "of" in data:
-            data = self.record(data, "an axis", "name of", "per pad")
+            data = self.record(data, "an axis", "name of", "per pad plus")
             per, pad = (self.number(data.get(key, 1), key, 1, 1 << 20) for key in ("per", "pad"))
+            plus = self.number(data["plus"], "plus", 1, 1 << 20) if "plus" in data else 0
             of = self.choice(data["of"], "of", ("rows", "cols"))
-            return Axis(self.text(data["name"], "an axis"), of, per, 0, pad)
+            return Axis(self.text(data["name"], "an axis"), of, per, 0, pad, plus)
         data = self.record(data, "an axis", "name size")
         return Axis(self.text(data["name"], "an axis"), "", 1, self.number(data["size"], "size", 1, MAX_EXTENT))
 
@@ -160,10 +164,13 @@ class _Reader:
         if isinstance(data, dict) and "stream" in data:
             data = self.record(data, "a stream", "name stream")
             return Stream(self.text(data["name"], "a stream"), self.choice(data["stream"], "its dtype", DTYPES))
-        data = self.record(data, "a component", "name over cell", "dims")
+        data = self.record(data, "a component", "name over cell", "dims ragged")
+        if data.get("ragged", True) is not True:
+            raise self.fail(f"ragged is {_shown(data['ragged'])}, needs true or nothing")
         cell = tuple(self.member(m) for m in self.items(data["cell"], "a cell"))
         dims = tuple(self.number(n, "dims", 0, 64) for n in self.items(data.get("dims", []), "dims"))
-        return Component(self.text(data["name"], "a component"), self.digits(data["over"]), cell, dims)
+        name = self.text(data["name"], "a component")
+        return Component(name, self.digits(data["over"]), cell, dims, ragged="ragged" in data)
 
     def member(self, data: Any) -> Codes | Values:
         if isinstance(data, dict) and "values" in data:
@@ -222,6 +229,10 @@ def check(layout: Layout) -> None:
             raise LayoutError(f"{where}: of {a.of!r}, needs rows or cols")
         for what, value in ("per", a.per), ("pad", a.pad), ("size", a.size if not a.of else 1):
             bounded(where, what, value, 1, MAX_EXTENT)
+        bounded(where, "plus", a.plus, 0, 1 << 20 if a.of and a.pad == 1 else 0)
+    bounded(layout.name, "hadamard", layout.hadamard, 0, MOST_HADAMARD)
+    if layout.hadamard and (layout.hadamard == 1 or layout.hadamard & layout.hadamard - 1):
+        raise LayoutError(f"{layout.name}: hadamard is {layout.hadamard}, needs a power of two")
     names = [c.name for c in layout.components]
     for c in layout.components:
         where = f"{layout.name}.{c.name}"

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from packfmt import minifloat
 from packfmt.errors import LayoutError
 from packfmt.layout import Codes, Grid, Layout
 from packfmt.placement import Array, Arrays, unpack
@@ -25,6 +26,7 @@ from packfmt.spellings import SPELLINGS, scales
 
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
+COLUMNS = ("columns", "column_values")  # parts that stand beside those of any grid
 STRIP = 1 << 18  # weights computed at a time; keeps temporaries in the cache
 
 
@@ -62,6 +64,70 @@ def table(parts: Arrays, *, values: tuple[float, ...], exponent: int) -> Floats:
     steps = np.array(values, F32)[parts["codes"]]
     with np.errstate(over="ignore", invalid="ignore"):
         return _times(steps, np.ldexp(F32(1), parts["scale"].astype(np.int32) - exponent))
+
+
+def scaled(parts: Arrays, *, element: str, scale: str, global_scale: str) -> Floats:
+    """w = number(code) * s, where s is the scale's number, times or divided by the scale of the whole tensor.
+
+    `element` names the codes' number format (`minifloat`), `scale` that of scales which are bytes; it is empty
+    where scales are floats of their own. `global_scale` is "times", "divides" or empty. Both operations round
+    to float32. `codes` are codes, or floats or whole numbers of eight bits whose bytes are the codes.
+    """
+    return _times(minifloat.numbers(element)[_bytes(parts["codes"])], scale_numbers(parts, scale, global_scale))
+
+
+def either(parts: Arrays, *, element: str, other: str, global_scale: str) -> Floats:
+    """`scaled`, where the sign of each float8 scale says which of two number formats its codes have.
+
+    A scale without a sign means `element`, one with a sign `other`; its magnitude counts.
+    """
+    stored = parts["scale"].view(np.uint8)
+    size = {**parts, "scale": (stored & np.uint8(127)).view(parts["scale"].dtype)}
+    both = np.stack([minifloat.numbers(element), minifloat.numbers(other)])
+    which = _spread((stored >> 7).astype(np.intp), parts["codes"].shape)
+    return _times(both[which, parts["codes"]], scale_numbers(size, "", global_scale))
+
+
+def hif4(parts: Arrays, *, element: str, scale: str) -> Floats:
+    """w = number(code) * (scale * 2**(shift8 + shift4)): bits that double eight and four neighbours.
+
+    `shift8` and `shift4` are 0 or 1. The doubled scale is exact, the product rounds to float32.
+    """
+    codes = parts["codes"]
+    shift = _spread(parts["shift8"], codes.shape) + _spread(parts["shift4"], codes.shape)
+    numbers = minifloat.numbers(element)[codes]
+    with np.errstate(all="ignore"):
+        weights: Floats = numbers * np.ldexp(_spread(minifloat.numbers(scale)[parts["scale"]], codes.shape), shift)
+    return weights
+
+
+def affine_zero(parts: Arrays) -> Floats:
+    """w = (code - zero) * scale: a difference of whole numbers, the scale converted to float32, one float32 product.
+
+    `zero` is a code that each group of weights has of its own.
+    """
+    steps = parts["codes"].astype(F32)
+    return _times(_each(np.subtract, steps, parts["zero"].astype(F32)), _float32(parts["scale"]))
+
+
+def augmented(parts: Arrays, *, residual: int, group: int, **params: str) -> Floats:
+    """`scaled`, less the `residual` columns that are stored twice: of the last, every group is followed by its copy.
+
+    `codes` (rows, cols + residual, 1).
+    """
+    flat = {name: parts[name][..., 0] for name in ("codes", "scale")}
+    weights = scaled({**parts, **flat}, **params)
+    return np.ascontiguousarray(weights[:, first_copies(weights.shape[1], residual, group)])
+
+
+def first_copies(stored: int, residual: int, group: int) -> Array:
+    """Which of so many stored columns are no copies, (stored - residual,)."""
+    if not (type(group) is type(residual) is int and 0 < group <= residual and residual % group == 0):
+        raise LayoutError(f"{residual!r} columns twice in groups of {group!r}, needs whole groups")
+    index = np.arange(stored)
+    twice = index - (stored - 2 * residual)
+    kept: Array = index[(twice < 0) | (twice // group % 2 == 0)]
+    return kept
 
 
 def quads(parts: Arrays, *, stride: int, values: tuple[tuple[int, ...], ...]) -> Floats:
@@ -155,6 +221,11 @@ GRIDS: dict[str, Callable[..., Floats]] = {
     "quotient": quotient,
     "levels": levels,
     "table": table,
+    "scaled": scaled,
+    "either": either,
+    "hif4": hif4,
+    "affine_zero": affine_zero,
+    "augmented": augmented,
     "quads": quads,
     "quads_in_fives": quads_in_fives,
     "base3": base3,
@@ -165,6 +236,26 @@ GRIDS: dict[str, Callable[..., Floats]] = {
     "tl2": tl2,
     "ptq161": ptq161,
 }
+
+
+def scale_numbers(parts: Arrays, scale: str, global_scale: str) -> Floats:
+    """The part `scale` as float32 numbers, that of the whole tensor included (`scaled`)."""
+    found = minifloat.numbers(scale)[parts["scale"]] if scale else _float32(parts["scale"])
+    if not global_scale:
+        return found
+    (whole,) = _float32(parts["global_scale"]).reshape(-1)
+    with np.errstate(all="ignore"):
+        return {"times": np.multiply, "divides": np.divide}[global_scale](found, whole)
+
+
+def _bytes(codes: Array) -> Array:
+    """Codes as they are; numbers of eight bits as their bytes."""
+    return codes if codes.dtype.kind == "u" else codes.view(np.uint8)
+
+
+def _spread(shared: Array, shape: tuple[int, ...]) -> Array:
+    """What several weights share, once for each."""
+    return np.repeat(np.repeat(shared, shape[0] // max(1, shared.shape[0]), 0), shape[1] // max(1, shared.shape[1]), 1)
 
 
 def _float32(scale: Array) -> Floats:
@@ -205,7 +296,8 @@ def _sum(parts: Arrays, grid: str, params: Mapping[str, Any], ratio: int = 0) ->
 def dequantize(grid: Grid, parts: Arrays) -> Floats:
     """Parts -> (rows, cols) float32, by the grid's formula.
 
-    With a part `perm`, column j as stored is the weight's column perm[j].
+    With a part `perm`, column j as stored is the weight's column perm[j]. With parts `columns` (1, 1, n) and
+    `column_values` (rows, 1, n), these columns of the weight are these values.
 
     Raises
     ------
@@ -215,6 +307,10 @@ def dequantize(grid: Grid, parts: Arrays) -> Floats:
     if grid.name not in GRIDS:
         raise LayoutError(f"no grid is called {grid.name!r}; there are {', '.join(GRIDS)}")
     try:
+        if "columns" in parts:
+            flat = {name: part[..., 0] for name, part in parts.items() if name not in COLUMNS}
+            weights = GRIDS[grid.name](flat, **dict(grid.params))
+            return _replaced(weights, *(parts[name] for name in COLUMNS))
         weights = GRIDS[grid.name](parts, **dict(grid.params))
         return _unpermuted(weights, parts["perm"]) if "perm" in parts else weights
     except (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError) as error:
@@ -229,6 +325,15 @@ def _unpermuted(weights: Floats, perm: Array) -> Floats:
     out = np.empty_like(weights)
     out[:, order] = weights
     return out
+
+
+def _replaced(weights: Floats, columns: Array, values: Array) -> Floats:
+    """The weight with some columns kept apart."""
+    order = columns.reshape(-1)
+    if order.size and int(order.max()) >= weights.shape[1]:
+        raise LayoutError(f"columns names column {int(order.max())} of {weights.shape[1]}")
+    weights[:, order] = _float32(values.reshape(len(weights), -1))
+    return weights
 
 
 def decode(layout: Layout, shape: tuple[int, int], components: Arrays) -> Floats:
@@ -263,6 +368,10 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays) -> Floats
 
     if rows and cols:
         threads.spread(work, -(-rows // step))
+    if layout.hadamard:
+        from packfmt.kernels import hadamard
+
+        hadamard.transform(out, layout.hadamard)
     return out
 
 
@@ -270,7 +379,7 @@ def _evenly(layout: Layout, shape: tuple[int, int], name: str, array: Array) -> 
     """A part whose last element along an axis has fewer sharers than the others, with one element a position there."""
     sides = {"rows": shape[0], "cols": shape[1]}
     for i, (axis, share) in enumerate(zip(layout.axes, layout.fit(*shape).parts[name].share, strict=True)):
-        extent = sides[axis.of] // axis.per if axis.of else axis.size
+        extent = axis.extent(sides)
         if array.shape[i] > 1 and extent % share:
             array = np.repeat(array, share, i)[(slice(None),) * i + (slice(extent),)]
     return array
@@ -287,6 +396,14 @@ def findings(layout: Layout, parts: Arrays) -> list[str]:
             out.append(f"{bad} of {array.size} numbers of {name} are not finite")
     if layout.grid.name in ("base3", "plane_base3", "tl2") and (bad := _unused_bytes(layout.grid, parts["codes"])):
         out.append(f"{bad} of {parts['codes'].size} bytes of codes are none of those that digits of base 3 give")
+    if "columns" in parts and len(np.unique(parts["columns"])) < parts["columns"].size:
+        out.append("columns names a column twice")
+    if layout.grid.name in ("scaled", "hif4", "augmented") and (format_ := layout.grid["scale"]):
+        nan = np.isnan(minifloat.numbers(format_)[parts["scale"]])
+        if bad := int(nan.sum()):
+            out.append(f"{bad} of {nan.size} numbers of scale are {int(parts['scale'][nan][0])}, which means NaN")
+    if layout.grid.name == "augmented" and (bad := _other_copies(layout.grid, parts)):
+        out.append(f"{bad} columns that are stored twice differ from their copies")
     if layout.grid.name == "ptq161" and (got := int(parts["mask"].sum())) != (need := _salient(parts)):
         out.append(f"mask names {got} of {parts['mask'].size} columns, needs {need}")
     if "perm" in parts and not np.array_equal(np.sort(parts["perm"], None), np.arange(parts["perm"].size)):
@@ -294,6 +411,14 @@ def findings(layout: Layout, parts: Arrays) -> list[str]:
     if layout.grid.name == "table" and "scale" in parts and (bad := int((parts["scale"] == 255).sum())):
         out.append(f"{bad} of {parts['scale'].size} numbers of scale are 255, which E8M0 reserves for NaN")
     return out
+
+
+def _other_copies(grid: Grid, parts: Arrays) -> int:
+    """How many of the columns stored twice have other codes or scales in the second place."""
+    codes, residual, group = parts["codes"][..., 0], grid["residual"], grid["group"]
+    scale = _spread(parts["scale"][..., 0].view(np.uint8), codes.shape)
+    keep = first_copies(codes.shape[1], residual, group)[-residual:]
+    return int(((codes[:, keep] != codes[:, keep + group]) | (scale[:, keep] != scale[:, keep + group])).any(0).sum())
 
 
 def _salient(parts: Arrays) -> int:

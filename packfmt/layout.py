@@ -49,9 +49,9 @@ WORDS: Final = ("u1", "<u2", "<u4", "<u8")
 class Axis:
     """One logical axis: the rows or columns of the weight, a multiple of them, or a fixed count.
 
-    `of` names "rows" or "cols", of which `per` make one step (quads: of="cols", per=4); the extent
-    is rounded up to a multiple of `pad`, the added positions holding code zero. Without `of`, `size`
-    is the extent (planes).
+    `of` names "rows" or "cols", of which `per` make one step (quads: of="cols", per=4), and `plus` steps
+    come after them (channels that are stored twice); the extent is rounded up to a multiple of `pad`, the
+    added positions holding code zero. Without `of`, `size` is the extent (planes).
     """
 
     name: str
@@ -59,6 +59,11 @@ class Axis:
     per: int = 1
     size: int = 0
     pad: int = 1
+    plus: int = 0
+
+    def extent(self, sides: Mapping[str, int]) -> int:
+        """Positions along it, without padding, for so many rows and cols."""
+        return sides[self.of] // self.per + self.plus if self.of else self.size
 
 
 ROWS: Final = Axis("rows", "rows")
@@ -112,7 +117,8 @@ class Component:
 
     `dims` says how many of its digits (those of `over`, then a lone member's units and words, or a
     record's bytes) make each dimension of the stored array; empty means the first digit, then all
-    others. A record is a cell of several members, or of one that starts `at` a bit.
+    others. A record is a cell of several members, or of one that starts `at` a bit. The last cell of a
+    `ragged` component may reach beyond the weight; what lies there holds zeros.
     """
 
     name: str
@@ -120,6 +126,7 @@ class Component:
     cell: tuple[Codes | Values, ...]
     dims: tuple[int, ...] = ()
     doc: str = field(default="", compare=False)
+    ragged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +160,9 @@ class Layout:
 
     `purpose`, `sources` and `also` (what containers call it) may be mended; everything else is
     in the canonical JSON, whose SHA-256 is the layout's `id`.
+
+    hadamard : what is stored is the weight times the normalised Hadamard matrix of this size, for every so many
+        neighbouring columns; decoding undoes it (`kernels.hadamard`). 0: stored as it is
     """
 
     name: str
@@ -162,6 +172,7 @@ class Layout:
     purpose: str = field(default="", compare=False)
     sources: tuple[str, ...] = field(default=(), compare=False)
     also: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # (container, its name)
+    hadamard: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The description as plain data: all that decides a byte or a number, and nothing else."""
@@ -354,7 +365,7 @@ def _fit(layout: Layout, n_rows: int, n_cols: int) -> Fitted:
         bounded(layout.name, f"the number of {_NOUN[name]}", have, 0, MAX_EXTENT)
         if have % block[name]:
             raise LayoutError(f"{layout.name}: {have} {_NOUN[name]}, needs a multiple of {block[name]}")
-    real = {a.name: sides[a.of] // a.per if a.of else a.size for a in layout.axes}
+    real = {a.name: a.extent(sides) for a in layout.axes}
     extents = {a.name: -(-real[a.name] // a.pad) * a.pad for a in layout.axes}
     pieces: dict[str, list[tuple[int, Part]]] = {}
     placed = [_place(layout.name, c, real, extents, pieces) for c in layout.components if isinstance(c, Component)]
@@ -377,7 +388,7 @@ def _place(
     for m in c.cell:
         where, code = f"{layout}.{c.name}.{m.name}", _as_codes(m)
         bits, at, word = code.bits, code.at, itemsize(code.word)
-        solved, share = _solve(where, (*c.over, *_inner(m)), extents)
+        solved, share = _solve(where, (*c.over, *_inner(m)), extents, c.ragged)
         head, first_field = solved[: len(c.over)], len(c.over) + len(code.units)
         over = over if members else head
         if head != over:
@@ -459,7 +470,7 @@ def _stored(
 
 
 def _solve(
-    where: str, digits: tuple[Digit, ...], extents: Mapping[str, int]
+    where: str, digits: tuple[Digit, ...], extents: Mapping[str, int], ragged: bool = False
 ) -> tuple[tuple[Digit, ...], dict[str, int]]:
     """Give every open size and stride its number, and prove that each axis is tiled exactly once.
 
@@ -470,6 +481,9 @@ def _solve(
     for axis, extent in extents.items():
         mine = [i for i, d in enumerate(out) if d.axis == axis]
         whole = extent or _multiple(axis, digits)  # an axis of no extent is proved as if it had one block
+        if ragged and mine:  # as if the last cell were whole
+            step = _multiple(axis, digits)
+            whole = -(-whole // step) * step
         for i in mine:
             d = out[i]
             if d.stride == TOP:
@@ -543,11 +557,15 @@ def _block(layout: Layout) -> Mapping[str, int]:
     from packfmt import description
 
     description.check(layout)
-    out = {"rows": 1, "cols": 1}
+    out = {"rows": 1, "cols": max(1, layout.hadamard)}
     for axis in layout.axes:
         if axis.of:
-            for _, _, digits in layout.members():
-                need = _multiple(axis.name, digits) if axis.pad == 1 else 1
+            for component, _, digits in layout.members():
+                need = _multiple(axis.name, digits) if axis.pad == 1 and not component.ragged else 1
+                if axis.plus % need:
+                    raise LayoutError(
+                        f"{layout.name}: {axis.plus} more along {axis.name!r}, needs a multiple of {need}"
+                    )
                 out[axis.of] = lcm(out[axis.of], axis.per * need)
                 if out[axis.of] > MAX_EXTENT:
                     raise LayoutError(f"{layout.name}: blocks of more than 2**48 along {axis.name!r}")

@@ -108,7 +108,7 @@ def difference(source: Layout, target: Layout, shape: tuple[int, int]) -> str:
     a, b = source.fit(*shape), target.fit(*shape)
     if a.parts.keys() != b.parts.keys():
         return f"one has {', '.join(a.parts)}, the other {', '.join(b.parts)}"
-    axes = [[(x.of, x.per, x.size) for x in layout.axes] for layout in (source, target)]
+    axes = [[(x.of, x.per, x.size, x.plus) for x in layout.axes] for layout in (source, target)]
     if axes[0] != axes[1]:
         return f"the axes of one are {axes[0]}, of the other {axes[1]}"
     for name, part in a.parts.items():

@@ -21,10 +21,11 @@ from packfmt.codec import (
     encoding_bytes,
     exact_if,
     is_float,
-    is_ternary,
     matrix,
     moves_as_bits,
+    only_inverts,
     respelled_bytes,
+    same_numbers,
     why_inexact,
 )
 from packfmt.errors import LayoutError, PlanError
@@ -32,6 +33,7 @@ from packfmt.layout import DENSE, Layout, dtype_of
 
 VERSION = 1
 KEEP: Final = "keep"  # as a layout in a rule: leave the tensor as it is
+RESCALE: Final = "rescale"  # as an action
 DENSE_AGAIN: Final = "dense"  # as the layout of a recipe: decode whatever is packed
 MAX_SHARD = 5_000_000_000  # bytes of tensors a file of a safetensors folder, as Hugging Face cuts them
 WEIGHTS: Final = "linear layer or embedding"  # the reason of a step that packs what is packed by default
@@ -70,9 +72,10 @@ class Holder(Protocol):
 class Step:
     """One tensor's way: what is read, what becomes of it, what it is called after.
 
-    `action` is keep (same bytes), repack (same numbers in other bytes, or refused), cast (another float
-    dtype), quantise, requantise (decoded first: lossy twice) or decode (to a dense dtype). `lossless`
-    refuses a cast, quantise or requantise that changes a number.
+    `action` is keep (same bytes), repack (same numbers in other bytes, or refused), rescale (the same, but the
+    scale of the whole tensor becomes its reciprocal, rounded if need be), cast (another float dtype), quantise,
+    requantise (decoded first: lossy twice) or decode (to a dense dtype). `lossless` refuses a step that
+    changes a number.
     """
 
     name: str
@@ -106,8 +109,10 @@ class Step:
     @property
     def working_set(self) -> int:
         """Bytes held at once: what is read, its float32 form where there is one, codes, and the result."""
-        floats = 0 if self.action in (KEEP, "repack") else encoding_bytes(self.layout, self.shape, self.lossless)
-        if self.action == "repack" and not moves_as_bits(self.before, self.layout, self.shape):
+        floats = (
+            0 if self.action in (KEEP, "repack", RESCALE) else encoding_bytes(self.layout, self.shape, self.lossless)
+        )
+        if self.action in ("repack", RESCALE) and not moves_as_bits(self.before, self.layout, self.shape):
             floats = respelled_bytes(self.before, self.layout, self.shape)
         return self.before.nbytes(*matrix(self.shape)) + floats + self.nbytes
 
@@ -260,6 +265,8 @@ def _step(
     action = _action(info, layout, rounded)
     if action == "requantise":
         reason += f"; not exact: {_inexact(info, layout)}"
+    elif action == RESCALE:
+        reason += "; codes and block scales stay, the tensor's scale becomes its reciprocal"
     elif action == "repack" and (condition := exact_if(info.layout, layout, info.shape)):
         reason += f"; refused unless {condition}"
     if why_not := container.refusal(layout, info.shape) or container.name_refusal(info.name):
@@ -284,8 +291,9 @@ def _layout(info: TensorInfo, target: str, shelf: Mapping[str, Codec]) -> Layout
 def _action(info: TensorInfo, layout: Layout, rounded: bool = False) -> str:
     """What must be done.
 
-    Where only the numbers can tell if they fit, ternary weights are moved exactly or refused, unless an
-    encoder was asked for (`rounded`); others would hardly ever fit, and are rounded.
+    Where only the numbers can tell if they fit, codes that mean the same numbers are moved exactly or refused,
+    and so are ternary weights, unless an encoder was asked for (`rounded`); others would hardly ever fit, and
+    are rounded.
     """
     assert info.layout is not None
     was_dense, is_dense = dense_dtype(info.layout), dense_dtype(layout)
@@ -297,8 +305,11 @@ def _action(info: TensorInfo, layout: Layout, rounded: bool = False) -> str:
         return "decode"
     if why_inexact(info.layout, layout, info.shape):
         return "requantise"
-    if exact_if(info.layout, layout, info.shape) and (rounded or not is_ternary(info.layout, info.shape)):
-        return "requantise"
+    if exact_if(info.layout, layout, info.shape):
+        if rounded or not same_numbers(info.layout, layout, info.shape):
+            return "requantise"
+        if only_inverts(info.layout, layout, info.shape):
+            return RESCALE
     return "repack"
 
 

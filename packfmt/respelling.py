@@ -2,7 +2,9 @@
 
 `placement.repack` moves bits between layouts that have the same parts. Here codes become steps and steps
 become codes (`spellings`), and scales are copied to those that are shared differently or have another
-dtype. Nothing is rounded: what does not fit is an error that names the step, quad or scale.
+dtype. Codes that mean the same numbers stay as they are. Nothing is rounded: what does not fit is an error
+that names the step, quad or scale. The one exception must be asked for: where one layout multiplies by the
+scale of the whole tensor and the other divides, its reciprocal may be rounded.
 
 What can be known from two layouts is `why_not` and `condition`; the rest only the numbers can tell.
 """
@@ -12,30 +14,46 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from packfmt import minifloat
 from packfmt.errors import LayoutError
-from packfmt.layout import Layout, dtype_of
+from packfmt.grids import scale_numbers
+from packfmt.layout import Grid, Layout, dtype_of
 from packfmt.placement import Array, Arrays, pack, unpack
-from packfmt.spellings import F32, SPELLINGS, Floats, Steps, contiguous_quads, scales
+from packfmt.spellings import F32, SPELLINGS, Steps, contiguous_quads, scales, unit
 
 Shape = tuple[int, int]
 WRONG = (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError)  # parameters or parts
 MOST_BITS = 16  # of codes that spell steps; more spell too many to compare
-HELD, HELD_PERMUTED = 6, 32  # bytes a step: codes, steps and what tells which are zero; scales spread over columns
-FLOATS = ("<f2", "<f4", "bfloat16")  # dtypes of scales, all exact in float32
+HELD, HELD_PERMUTED = 8, 40  # bytes a step: codes, steps and what tells which are zero; scales spread over columns
+FLOATS = ("<f2", "<f4", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu")  # dtypes of scales, all exact in float32
+POWERS = "powers of two"  # what scales are that a `table` has
+F64 = np.float64
+Doubles = npt.NDArray[np.float64]
 
 
 class View(NamedTuple):
     """What a layout's steps and scales look like for one shape."""
 
     steps: frozenset[float]  # what a step can be
+    table: tuple[float, ...]  # the step of every code; empty where a code is no one step
+    unit: float  # what a step counts, times its scale
     planes: int
     dtype: str  # of scales
+    scales: str  # what bytes of scales mean: a number format, or POWERS; empty: nothing but their dtype
+    whole: str  # what a scale of the whole tensor does: times, divides, or empty
     share: tuple[int, int]  # rows and columns of the weight that share a scale
     ratio: int  # of a plane's scale to the next one's; 0: each has its own
     divides: bool
     quads: int  # how many columns apart the weights of a quad lie, in the order of the weight; 0: no quads
     perm: bool
+    hadamard: int
+
+    @property
+    def kind(self) -> str:
+        """What scales are, in words."""
+        return self.scales or dtype_of(self.dtype).name
 
 
 def view(layout: Layout, shape: Shape) -> View | str:
@@ -43,30 +61,59 @@ def view(layout: Layout, shape: Shape) -> View | str:
     parts = layout.fit(*shape).parts
     if layout.grid.name not in SPELLINGS:
         return f"the numbers of {layout.name} are no steps times scales, but {layout.grid.name!r}"
-    if not {"codes", "scale"} <= parts.keys() <= {"codes", "scale", "perm"}:
+    params = dict(layout.grid.params)
+    whole = str(params.get("global_scale", ""))
+    needs = {"codes", "scale", *(["global_scale"] if whole else [])}
+    if not needs <= parts.keys() <= needs | {"perm"}:
         return f"{layout.name} has other parts: {', '.join(parts)}"
-    codes, scale, params = parts["codes"], parts["scale"], dict(layout.grid.params)
-    if scale.dtype not in FLOATS:
+    codes, scale = parts["codes"], parts["scale"]
+    meaning = POWERS if layout.grid.name == "table" else str(params.get("scale", ""))
+    if not meaning and scale.dtype not in FLOATS:
         return f"the scales of {layout.name} are {dtype_of(scale.dtype).name}"
     if codes.bits > MOST_BITS:
         return f"the codes of {layout.name} have {codes.bits} bits"
     ratio = params.pop("ratio", 0)
     lowest = -(1 << codes.bits - 1) if codes.dtype.startswith(("i", "<i")) else 0
+    spelling = SPELLINGS[layout.grid.name]
     try:
-        steps = frozenset(SPELLINGS[layout.grid.name].steps(lowest, codes.levels or 1 << codes.bits, **params))
-        if any(s != int(s) for s in steps):
+        table = spelling.steps(lowest, codes.levels or 1 << codes.bits, **params)
+        each = unit(minifloat.numbers(params["element"])) if layout.grid.name == "scaled" else 1.0
+        if any(s != int(s) for s in table):
             return f"the steps of {layout.name} are no whole numbers"
-    except WRONG as error:
+    except (*WRONG, LayoutError) as error:
         return f"grid {layout.grid.name!r} cannot take the parameters of {layout.name}: {error}"
     share = {"rows": max(1, shape[0]), "cols": max(1, shape[1])}
-    planes = codes.shape[1] if SPELLINGS[layout.grid.name].plane_axis and len(codes.shape) > 1 else 1
+    planes = codes.shape[1] if spelling.plane_axis and len(codes.shape) > 1 else 1
     planes = params.get("count", planes)
-    for axis, each in zip(layout.axes, scale.share, strict=True):
+    for axis, each_share in zip(layout.axes, scale.share, strict=True):
         if axis.of:
-            share[axis.of] = min(share[axis.of], max(1, each * axis.per))
+            share[axis.of] = min(share[axis.of], max(1, each_share * axis.per))
+    single = layout.grid.name in ("affine", "levels", "table", "scaled") and not lowest
     perm, divides = "perm" in parts, layout.grid.name == "quotient"
     apart = 1 if perm else params.get("stride", 0)
-    return View(steps, planes, scale.dtype, (share["rows"], share["cols"]), ratio, divides, apart, perm)
+    return View(
+        frozenset(table), table if single else (), each, planes, scale.dtype, meaning, whole,
+        (share["rows"], share["cols"]), ratio, divides, apart, perm, layout.hadamard,
+    )  # fmt: skip
+
+
+def alike(source: Layout, target: Layout, shape: Shape) -> bool:
+    """Whether codes of both layouts are the same numbers, up to what scales multiply them with; or are all ternary.
+
+    Then a conversion is exact or refused, for there is no reason to round.
+    """
+    a, b = view(source, shape), view(target, shape)
+    if isinstance(a, str) or isinstance(b, str):
+        return False
+    return a.steps <= {-1, 0, 1, 2} or (a.table == b.table != ())
+
+
+def inverts(source: Layout, target: Layout, shape: Shape) -> bool:
+    """Whether only the scale of the whole tensor need be rounded: one layout multiplies by it, the other divides."""
+    a, b = view(source, shape), view(target, shape)
+    if isinstance(a, str) or isinstance(b, str):
+        return False
+    return bool(a.table == b.table != () and a.whole and b.whole and a.whole != b.whole and a.share == b.share)
 
 
 def why_not(source: Layout, target: Layout, shape: Shape) -> str:
@@ -76,9 +123,15 @@ def why_not(source: Layout, target: Layout, shape: Shape) -> str:
         return a if isinstance(a, str) else str(b)
     if a.planes > b.planes:
         return f"{source.name} has {a.planes} planes, {target.name} {b.planes}"
+    if a.hadamard != b.hadamard:
+        return f"{source.name} has {_columns(a.hadamard)}, {target.name} {_columns(b.hadamard)}"
     if len(a.steps & b.steps) <= len(a.steps) // 2:
         return f"{target.name} has no code for {_some(a.steps - b.steps)} times a scale"
     return ""
+
+
+def _columns(hadamard: int) -> str:
+    return f"{hadamard} columns rotated" if hadamard else "none rotated"
 
 
 def _some(steps: frozenset[float]) -> str:
@@ -92,8 +145,10 @@ def condition(source: Layout, target: Layout, shape: Shape) -> str:
     needs = [f"no weight is {_some(a.steps - b.steps)} times its scale"] if a.steps - b.steps else []
     if b.quads and a.quads != b.quads:
         needs.append("every quad has exactly one zero")
-    if (a.dtype != b.dtype and b.dtype != "<f4") or (a.ratio and not b.ratio):
-        needs.append(f"every scale is a {dtype_of(b.dtype).name}")
+    if a.whole and b.whole and a.whole != b.whole:
+        needs.append("the scale of the tensor has an exact reciprocal")
+    if not _all_scales(a, b):
+        needs.append(f"every scale is {'one of its ' if b.scales == POWERS else 'a '}{b.kind}")
     chunk = 4 * target.grid["stride"] if b.perm else 1  # columns change places within it
     if any(mine % theirs for mine, theirs in zip(a.share, b.share, strict=True)) or a.share[1] % chunk:
         needs.append(f"the {_group(b.share)} that share a scale there do so here")
@@ -104,6 +159,29 @@ def condition(source: Layout, target: Layout, shape: Shape) -> str:
     return " and ".join(needs)
 
 
+def _all_scales(a: View, b: View) -> bool:
+    """Whether every scale that one layout can have is one that the other can have."""
+    if (a.ratio and not b.ratio) or a.unit != b.unit or bool(a.whole) != bool(b.whole):
+        return False
+    if (a.dtype, a.scales) == (b.dtype, b.scales) or (b.dtype == "<f4" and not b.scales):
+        return True
+    if not a.scales and dtype_of(a.dtype).itemsize > 1:
+        return False
+    mine, theirs = _known(a), _known(b)
+    return bool(np.isin(mine[~np.isnan(mine)], theirs).all() and np.isnan(mine).any() <= np.isnan(theirs).any())
+
+
+def _known(of: View) -> Doubles:
+    """All numbers that scales of so few bits can be; none if they are many."""
+    if of.scales == POWERS:
+        return np.zeros(0)
+    if of.scales:
+        return minifloat.numbers(of.scales).astype(F64)
+    if (dtype := dtype_of(of.dtype)).itemsize > 1:
+        return np.zeros(0)
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(F64)
+
+
 def held(source: Layout, target: Layout, shape: Shape) -> int:
     """Bytes that `respell` holds at once, beside the components of both, for layouts that have a `view`."""
     a, b = view(source, shape), view(target, shape)
@@ -112,12 +190,17 @@ def held(source: Layout, target: Layout, shape: Shape) -> int:
     return weights * (HELD_PERMUTED if a.perm != b.perm else HELD)
 
 
-def respell(source: Layout, target: Layout, shape: Shape, components: Arrays) -> dict[str, Array]:
+def respell(
+    source: Layout, target: Layout, shape: Shape, components: Arrays, rounded_reciprocal: bool = False
+) -> dict[str, Array]:
     """Components of one layout -> components of another that decode to the same numbers.
 
     Where the weights of a scale are all zero, the scale may become another; it stays what it is where the
     target keeps one for the same weights. Where the scale is zero, the steps may become zero. A zero may lose
     its sign. A scale that is not finite stays, or is refused.
+
+    rounded_reciprocal : let the scale of a whole tensor that multiplies here and divides there, or the other
+        way round, become its reciprocal in float32, if that is not exact: numbers then differ in their last bits
 
     Raises
     ------
@@ -131,42 +214,142 @@ def respell(source: Layout, target: Layout, shape: Shape, components: Arrays) ->
     try:
         parts = unpack(source, shape, components)
         if not shape[0] or not shape[1]:
-            return {c.name: np.zeros(c.shape, dtype_of(c.dtype)) for c in target.fit(*shape).components}
-        steps, scale = _read(source, a, parts, b.divides)
+            return _empty(target, b, shape, parts)
+        scale, whole = _scales(source, a, b, parts, rounded_reciprocal)
+        if (same := _same_codes(target, a, b, shape, parts, scale, whole)) is not None:
+            return pack(target, shape, same)
+        steps = _steps(source, parts)
         perm = parts["perm"].reshape(-1) if a.perm else None
         if perm is not None and not np.array_equal(np.sort(perm), np.arange(shape[1])):
             raise _Misfit(f"perm does not name each of {shape[1]} columns once")
         moved = _reorder(steps, scale, a, target, b, perm)
-        return pack(target, shape, _write(target, b, shape, *moved, keep=parts.get("perm")))
+        written = _write(target, a, b, shape, *moved, parts)
+        return pack(target, shape, written | _whole_part(target, shape, whole))
     except _Misfit as error:
         raise LayoutError(f"{source.name} to {target.name}: {error}") from None
     except WRONG as error:  # a description from a file may say anything
         raise LayoutError(f"{source.name} to {target.name}: {error}") from error
 
 
+def _empty(target: Layout, b: View, shape: Shape, parts: Arrays) -> dict[str, Array]:
+    out = {c.name: np.zeros(c.shape, dtype_of(c.dtype)) for c in target.fit(*shape).components}
+    if b.whole:
+        number = parts["global_scale"] if "global_scale" in parts else np.ones(1, F32)
+        again = {name: np.zeros(p.shape, dtype_of(p.dtype)) for name, p in target.fit(*shape).parts.items()}
+        return pack(target, shape, again | _whole_part(target, shape, F32(number.reshape(-1)[0])))
+    return out
+
+
+def _same_codes(
+    target: Layout, a: View, b: View, shape: Shape, parts: Arrays, scale: Doubles, whole: np.float32 | None
+) -> dict[str, Array] | None:
+    """The target's parts if codes stay as they are, and no scale needs a look at its weights."""
+    fitted = target.fit(*shape).parts
+    if a.table != b.table or not a.table or a.share != b.share or a.perm or b.perm or a.divides != b.divides:
+        return None
+    stored, lost = _stored(scale, target.grid, b)
+    if lost.any():
+        return None
+    codes = parts["codes"].reshape(fitted["codes"].shape)
+    out = {"codes": codes.astype(dtype_of(fitted["codes"].dtype)), "scale": stored.reshape(fitted["scale"].shape)}
+    return out | _whole_part(target, shape, whole)
+
+
+def _whole_part(target: Layout, shape: Shape, whole: np.float32 | None) -> dict[str, Array]:
+    if whole is None:
+        return {}
+    part = target.fit(*shape).parts["global_scale"]
+    return {"global_scale": np.full(part.shape, whole, dtype_of(part.dtype))}
+
+
 class _Misfit(Exception):
     """A number that the target cannot hold; the message says which."""
 
 
-def _read(source: Layout, a: View, parts: Arrays, divides: bool) -> tuple[Steps, Floats]:
-    """(rows, planes, cols) steps, and (rows, planes, cols / share) scales that multiply them, or divide if told."""
-    spelling, params = SPELLINGS[source.grid.name], dict(source.grid.params)
+def _steps(source: Layout, parts: Arrays) -> Steps:
+    """(rows, planes, cols) steps."""
+    params = dict(source.grid.params)
     params.pop("ratio", 0)
-    steps = spelling.read(parts["codes"], **params)
-    scale = scales(parts["scale"], a.planes, spelling, a.ratio)
-    if a.divides != divides:
+    return SPELLINGS[source.grid.name].read(parts["codes"], **params)
+
+
+def _scales(
+    source: Layout, a: View, b: View, parts: Arrays, rounded_reciprocal: bool
+) -> tuple[Doubles, np.float32 | None]:
+    """What multiplies the target's steps, or divides if it does so: (rows, planes, groups), and its global scale."""
+    whole: np.float32 | None = None
+    if a.whole and b.whole:
+        whole = F32(parts["global_scale"].reshape(-1)[0])
+        if a.whole != b.whole:
+            whole = _reciprocal(whole, rounded_reciprocal)
+    scale = _numbers(source.grid, a, parts, folded=not b.whole)
+    if a.divides != b.divides:
         scale = _inverse(scale)
-    return steps, scale
+    scale = scale * (a.unit / b.unit)
+    if b.whole and not a.whole:
+        power = _power_for(scale, _known(b))
+        scale, whole = scale / power, F32(power if b.whole == "times" else 1 / power)
+    return scale, whole
 
 
-def _inverse(scale: Floats) -> Floats:
+def _numbers(grid: Grid, a: View, parts: Arrays, folded: bool) -> Doubles:
+    """(rows, planes, groups): scales as the grid counts them, with that of the whole tensor if `folded`."""
+    if grid.name == "table":
+        return np.ldexp(1.0, parts["scale"].astype(np.int64) - grid["exponent"])[:, None]
+    if grid.name == "scaled":
+        found = scale_numbers(parts, a.scales, a.whole if folded else "")
+        return found.astype(F64)[:, None]
+    return scales(parts["scale"], a.planes, SPELLINGS[grid.name], a.ratio).astype(F64)
+
+
+def _reciprocal(whole: np.float32, rounded: bool) -> np.float32:
     with np.errstate(all="ignore"):
-        odd = (np.frexp(np.abs(scale))[0] != 0.5) | ~np.isfinite(F32(1) / scale)
+        out = F32(1) / whole
+    exact = abs(float(np.frexp(np.abs(whole))[0])) == 0.5 and np.isfinite(out) and np.isfinite(whole)
+    if not exact and not (rounded and np.isfinite(out) and out != 0):
+        raise _Misfit(f"the scale of the tensor is {whole:.9g}, which has no exact reciprocal")
+    return out
+
+
+def _power_for(scale: Doubles, known: Doubles) -> float:
+    """The smallest power of two that, taken out of scales, leaves none above the largest there can be."""
+    top = float(np.abs(scale[np.isfinite(scale)]).max(initial=0))
+    most = float(np.nanmax(known[np.isfinite(known)], initial=1))
+    if not top:
+        return 1.0
+    power = np.ldexp(1.0, int(np.floor(np.log2(top) - np.log2(most))))
+    while top / power > most:
+        power *= 2
+    if not np.finfo(F32).tiny <= power <= 2.0**126:
+        raise _Misfit(f"a scale is {top:.9g}, for which there is no scale of the tensor")
+    return float(power)
+
+
+def _stored(scale: Doubles, grid: Grid, b: View) -> tuple[Array, Array]:
+    """Scales in the target's form, and which of them it has not got."""
+    if b.scales:
+        if b.scales == POWERS:
+            numbers = np.ldexp(1.0, np.arange(256) - grid["exponent"])
+        else:
+            numbers = minifloat.numbers(b.scales).astype(F64)
+        code = np.lexsort((np.arange(numbers.size), numbers))  # of equal numbers the lowest code first, NaN last
+        place = np.minimum(np.searchsorted(numbers[code], scale), numbers.size - 1)
+        out = code[place].astype(dtype_of(b.dtype))
+        return out, (numbers[out] != scale) & ~(np.isnan(numbers[out]) & np.isnan(scale))
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored: Array = scale.astype(F32).astype(dtype_of(b.dtype))
+        return stored, (stored.astype(F64) != scale) & ~(np.isnan(scale) & np.isnan(stored.astype(F32)))
+
+
+def _inverse(scale: Doubles) -> Doubles:
+    with np.errstate(all="ignore"):
+        odd = (np.frexp(np.abs(scale))[0] != 0.5) | ~np.isfinite(F32(1) / scale.astype(F32))
     if odd.any():
         at = _first(odd)
         how = "no power of two, and one divides by it where the other multiplies"
         raise _Misfit(f"scale {[at[0], at[2]]} is {scale[at]:.9g}, {how}")
-    return (F32(1) / scale).astype(F32)
+    inverse: Doubles = 1 / scale
+    return inverse
 
 
 def _first(mask: Array) -> tuple[int, ...]:
@@ -175,8 +358,8 @@ def _first(mask: Array) -> tuple[int, ...]:
 
 
 def _reorder(
-    steps: Steps, scale: Floats, a: View, target: Layout, b: View, perm: Array | None
-) -> tuple[Steps, Floats, tuple[int, int]]:
+    steps: Steps, scale: Doubles, a: View, target: Layout, b: View, perm: Array | None
+) -> tuple[Steps, Doubles, tuple[int, int]]:
     """Columns in the order that the target stores, and what shares a scale then."""
     if a.perm == b.perm:
         return steps, scale, a.share
@@ -186,9 +369,9 @@ def _reorder(
 
 
 def _write(
-    target: Layout, b: View, shape: Shape, steps: Steps, scale: Floats, share: tuple[int, int], keep: Array | None
+    target: Layout, a: View, b: View, shape: Shape, steps: Steps, scale: Doubles, share: tuple[int, int], parts: Arrays
 ) -> dict[str, Array]:
-    """The target's parts."""
+    """The target's parts, less the scale of the whole tensor."""
     fitted, spelling, params = target.fit(*shape).parts, SPELLINGS[target.grid.name], dict(target.grid.params)
     params.pop("ratio", 0)
     if missing := b.planes - steps.shape[1]:
@@ -197,15 +380,18 @@ def _write(
         steps, scale = (np.pad(x, ((0, 0), added, (0, 0))) for x in (steps, scale))
     cells = _Cells(steps, scale, share, b.share)
     wanted = cells.regrouped(clear=b.quads > 0)
-    steps = cells.without_strays(steps, wanted)
+    before, steps = steps, cells.without_strays(steps, wanted)
     for value in _outside(steps, b.steps):
         count = int((steps == value).sum())
         raise _Misfit(f"{count} of {steps.size} weights are {value} times their scale, for which there is no code")
     used: Array = cells.used_there
     if b.ratio:
         wanted, used = _untied(wanted, cells, b), np.logical_or.reduce(used, 1, keepdims=True)
-    stored = _cast(wanted, b.dtype, used)
-    codes, bad = spelling.write(steps, **params)
+    stored = _cast(wanted, target.grid, b, used)
+    if a.table == b.table != () and steps is before and a.perm == b.perm:
+        codes, bad = parts["codes"], None  # two codes may mean zero, and each stays what it is
+    else:
+        codes, bad = spelling.write(steps, **params)
     if bad is not None:
         first = np.arange(bad.shape[1]) // params["stride"] * 4 * params["stride"]
         bad &= cells.used_there[:, 0][np.arange(shape[0])[:, None] // b.share[0], first // b.share[1]]
@@ -216,7 +402,7 @@ def _write(
     out = {"codes": codes.astype(dtype_of(part.dtype)).reshape(part.shape)}
     out["scale"] = stored.reshape(fitted["scale"].shape)
     if b.perm:
-        perm = contiguous_quads(shape[1], params["stride"]) if keep is None else keep
+        perm = parts.get("perm", contiguous_quads(shape[1], params["stride"]))
         out["perm"] = perm.astype(dtype_of(fitted["perm"].dtype)).reshape(fitted["perm"].shape)
     return out
 
@@ -235,7 +421,7 @@ class _Cells:
     A cell is used if its numbers are not all zero.
     """
 
-    def __init__(self, steps: Steps, scale: Floats, here: tuple[int, int], there: tuple[int, int]) -> None:
+    def __init__(self, steps: Steps, scale: Doubles, here: tuple[int, int], there: tuple[int, int]) -> None:
         self.here, self.there, self.scale = here, there, scale
         rows, _, cols = steps.shape
         self.rows, self.cols = (
@@ -250,9 +436,9 @@ class _Cells:
         self.used_there = np.zeros(self.shape, bool)
         np.logical_or.at(self.used_there, self.place, self.used)
 
-    def regrouped(self, clear: bool) -> Floats:
+    def regrouped(self, clear: bool) -> Doubles:
         """The target's scales: those of the first weights that are not zero; `clear` makes others 0."""
-        out = np.zeros(self.shape, F32)
+        out = np.zeros(self.shape, F64)
         if not clear or self.here == self.there:
             out[self.place] = self.scales
         if clear:
@@ -273,7 +459,7 @@ class _Cells:
             )
         return out
 
-    def without_strays(self, steps: Steps, wanted: Floats) -> Steps:
+    def without_strays(self, steps: Steps, wanted: Doubles) -> Steps:
         """The steps, with zeros where a scale of zero would become another: of a group whose others are not zero."""
         stray = self.some & ~self.used & (wanted[self.place] != 0)
         if not stray.any():
@@ -282,12 +468,12 @@ class _Cells:
         return np.where(np.repeat(np.repeat(stray, rows, 0), cols, 2), steps.dtype.type(0), steps)
 
 
-def _untied(wanted: Floats, cells: _Cells, b: View) -> Floats:
+def _untied(wanted: Doubles, cells: _Cells, b: View) -> Doubles:
     """One scale for all planes, from the first plane that has weights."""
     count = wanted.shape[1]
     weights = F32(b.ratio) ** np.arange(count - 1, -1, -1).astype(F32)
     first = np.argmax(cells.used_there, 1)[:, None]
-    base: Floats = np.take_along_axis(wanted, first, 1) / weights[first]
+    base: Doubles = np.take_along_axis(wanted, first, 1).astype(F32) / weights[first]
     apart = cells.used_there & (base * weights[None, :, None] != wanted)
     if apart.any():
         row, _, group = _first(apart)
@@ -296,15 +482,13 @@ def _untied(wanted: Floats, cells: _Cells, b: View) -> Floats:
     return base
 
 
-def _cast(scale: Floats, dtype: str, used: Array) -> Array:
-    """Scales in the target's dtype; those that no number needs become 0 where it has not got them."""
-    with np.errstate(over="ignore"):
-        out: Array = scale.astype(dtype_of(dtype))
-    lost = (out.astype(F32) != scale) & ~np.isnan(scale)
-    out[lost & ~used] = 0
+def _cast(scale: Doubles, grid: Grid, b: View, used: Array) -> Array:
+    """Scales in the target's form; those that no number needs become its first where it has not got them."""
+    out, lost = _stored(scale, grid, b)
+    out.view(np.uint8).reshape(*out.shape, -1)[lost & ~used] = 0
     if (lost & used).any():
         at = _first(lost & used)
-        raise _Misfit(f"scale {[at[0], at[2]]} is {scale[at]:.9g}, which is no {dtype_of(dtype).name}")
+        raise _Misfit(f"scale {[at[0], at[2]]} is {scale[at]:.9g}, which is no {b.kind}")
     return out
 
 

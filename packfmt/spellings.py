@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from packfmt import minifloat
 from packfmt.errors import LayoutError
 from packfmt.placement import Array
 
@@ -22,6 +23,7 @@ F32 = np.float32
 Floats = npt.NDArray[np.float32]
 Steps = npt.NDArray[Any]  # (rows, planes, cols) whole numbers
 TRITS = (-1, 0, 1)
+MOST_STEP = 1 << 14
 
 
 class Spelling(NamedTuple):
@@ -73,7 +75,7 @@ def _read_levels(codes: Array, *, values: tuple[int, ...]) -> Steps:
 def _write_levels(steps: Steps, *, values: tuple[int, ...]) -> tuple[Array, None]:
     low = min(values)
     codes = np.zeros(max(values) - low + 1, np.uint8)
-    codes[np.array(values) - low] = np.arange(len(values))
+    codes[np.array(values[::-1]) - low] = np.arange(len(values))[::-1]  # of two codes for a step the lower stays
     return codes[steps - low], None
 
 
@@ -217,11 +219,63 @@ def _write_tl2(steps: Steps, *, rows: int, cols: int, bm: int, bk: int) -> tuple
     return out, None
 
 
+def unit(numbers: Floats) -> float:
+    """The power of two of which all numbers are multiples, as few as can be; 0 if they are no numbers."""
+    if not np.isfinite(numbers).all():
+        return 0
+    mantissa, exponent = np.frexp(np.abs(numbers[numbers != 0]).astype(np.float64))
+    whole = (mantissa * 2**24).astype(np.int64)
+    return float(np.ldexp(1.0, int((exponent - 24 + np.log2(whole & -whole).astype(np.int64)).min(initial=127))))
+
+
+def number_steps(element: str) -> npt.NDArray[np.int64]:
+    """The step that each code of a number format is: its number in units of `unit`.
+
+    Raises
+    ------
+    LayoutError
+        If they are too many to be steps, or some are no numbers.
+    """
+    numbers = minifloat.numbers(element)
+    each = unit(numbers)
+    if not each or np.abs(numbers).max() / each > MOST_STEP:
+        raise LayoutError(f"the numbers of {element} are no steps")
+    return np.rint(numbers.astype(np.float64) / each).astype(np.int64)
+
+
+def _as_codes(codes: Array) -> Array:
+    return codes if codes.dtype.kind == "u" else codes.view(np.uint8)
+
+
+def _read_scaled(codes: Array, *, element: str, **_: Any) -> Steps:
+    return number_steps(element).astype(np.int16)[_as_codes(codes)][:, None]
+
+
+def _write_scaled(steps: Steps, *, element: str, **_: Any) -> tuple[Array, None]:
+    return _write_levels(steps, values=tuple(number_steps(element).tolist()))
+
+
+def _read_table(codes: Array, *, values: tuple[int, ...], **_: Any) -> Steps:
+    return _read_levels(codes, values=values)
+
+
+def _write_table(steps: Steps, *, values: tuple[int, ...], **_: Any) -> tuple[Array, None]:
+    return _write_levels(steps, values=values)
+
+
 def _whole_steps(low: int, count: int, /, *, zero: int) -> tuple[float, ...]:
     return tuple(range(low - zero, low + count - zero))
 
 
 def _level_steps(low: int, count: int, /, *, values: tuple[float, ...]) -> tuple[float, ...]:
+    return values
+
+
+def _scaled_steps(low: int, count: int, /, *, element: str, **_: Any) -> tuple[float, ...]:
+    return tuple(number_steps(element).tolist())
+
+
+def _table_steps(low: int, count: int, /, *, values: tuple[float, ...], **_: Any) -> tuple[float, ...]:
     return values
 
 
@@ -231,6 +285,8 @@ def _trits(low: int, count: int, /, **params: Any) -> tuple[float, ...]:
 
 AFFINE = Spelling(_read_affine, _write_affine, _whole_steps)
 LEVELS = Spelling(_read_levels, _write_levels, _level_steps)
+SCALED = Spelling(_read_scaled, _write_scaled, _scaled_steps)
+TABLE = Spelling(_read_table, _write_table, _table_steps)
 QUADS = Spelling(_read_quads, _write_quads, _trits)
 FIVES = Spelling(_read_fives, _write_fives, _trits)
 BASE3 = Spelling(_read_base3, _write_base3, _trits)
@@ -243,6 +299,8 @@ SPELLINGS = {
     "affine": AFFINE,
     "quotient": AFFINE,
     "levels": LEVELS,
+    "scaled": SCALED,
+    "table": TABLE,
     "quads": QUADS,
     "quads_in_fives": FIVES,
     "base3": BASE3,

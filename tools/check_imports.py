@@ -1,6 +1,6 @@
 """The import law: who may know whom, and what starting up may load.
 
-    errors <- layout <- placement <- spellings <- grids, respelling, fused <- codec
+    errors <- minifloat, layout <- placement <- spellings <- grids, respelling, fused <- codec
            <- plan, codecs, exporters <- checkpoint <- verify <- conversion <- hub, cli
 
 Imports inside functions count; those under `if TYPE_CHECKING` do not.
@@ -21,16 +21,17 @@ import house
 LAW = {
     "errors": "",
     "kernels": "",
+    "minifloat": "",
     "layout": "description",  # where it is asked to read or write one
     "description": "layout",
     "placement": "layout kernels",
-    "spellings": "placement kernels",
-    "grids": "layout placement spellings kernels",
-    "respelling": "layout placement spellings",
-    "fused": "layout placement grids kernels",
+    "spellings": "minifloat placement kernels",
+    "grids": "layout minifloat placement spellings kernels",
+    "respelling": "layout minifloat placement spellings grids",
+    "fused": "layout minifloat placement grids kernels",
     "codec": "layout placement grids respelling fused kernels",
     "plan": "layout codec",
-    "codecs": "layout spellings grids codec kernels",
+    "codecs": "layout minifloat spellings grids codec kernels",
     "exporters": "layout codec plan",
     "checkpoint": "layout placement grids codec plan codecs exporters",
     "verify": "layout placement grids codec plan codecs exporters checkpoint kernels",

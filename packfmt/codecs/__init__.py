@@ -26,14 +26,28 @@ TRIT_PLANES = (
     *(f"ptqtp{n}{how}_tied" for n in (2, 3, 4) for how in ("", "_b3")),
     *("ptqtp2_n4", "ptqtp2_n4_tied"),
 )
+MX = ("mxfp4_pairs", "mxfp4_e8m0", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8")
+NVFP4 = ("nvfp4", "nvfp4_plain", "nvfp4_modelopt", "nvfp4_ct", "nvfp4_rows", "nvfp4_swizzled")
+FP8 = (*(f"fp8_{shared}{dtype}" for shared in ("tensor", "row", "block") for dtype in ("", "_bf16")), "fp8_block_e8m0")
 FAMILIES = {  # module -> the formats that it holds
     "bitnet": ("bitnet", "bitnet_divide"),
+    "fp4": ("nvint4", "fp4_ue5m3", "if4", "hif4"),
+    "fp8": FP8,
     "i2_s": ("i2_s", "i2_s_arm"),
+    "mx": MX,
+    "nvfp4": NVFP4,
     "q2_0": ("q2_0", "pq2_0"),
     "sherry": SHERRY,
     "trit_planes": TRIT_PLANES,
 }
+BASES = "mxfp4|mxfp4_pairs|nvfp4|nvfp4_plain|nvfp4_modelopt|nvfp4_ct"
+ROTATED = f"{BASES}|mxfp6_e2m3|mxfp6_e3m2|mxfp8_e4m3|mxint8|nvint4|if4|hif4|q4_0|q8_0"
 PATTERNS = {  # module -> the names that it makes formats of: an expression, and how people write it
+    "arcquant": (r"arcquant_[1-9]\d{0,4}", "arcquant_<channels>"),
+    "minifloats": (r"e[1-6]m[0-6](b\d{1,2})?_(tensor|row|g[1-9]\d{0,4})", "e<E>m<M>_<tensor, row or g<n>>"),
+    "outlier_channels": (rf"({BASES})_out[1-9]\d{{0,3}}", "<4-bit float>_out<columns>"),
+    "packed_int": (r"ct_int[2-8](_legacy)?_(row|g[1-9]\d{0,4})(_asym)?(_f16|_f32)?", "ct_int<bits>_<row or g<n>>"),
+    "rotated": (rf"({ROTATED})_h(16|32|64|128|256)", "<format>_h<size>"),
     "mote": (r"mote_[1-9]\d{0,3}", "mote_<experts>"),
     "tl1": (r"tl1(_[1-9]\d{0,5}){3}", "tl1_<bm>_<bk>_<bmm>"),
     "tl2": (r"tl2(_[1-9]\d{0,6}){4}", "tl2_<rows>_<cols>_<bm>_<bk>"),

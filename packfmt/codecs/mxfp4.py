@@ -10,7 +10,7 @@ Bytes, rounding and worked example: spec/formats/mxfp4.md
 from __future__ import annotations
 
 from packfmt.codec import Codec
-from packfmt.kernels import quantize
+from packfmt.kernels import fp4, quantize
 from packfmt.layout import Codes, Values, blocks, cols, grid
 
 BLOCK = 32
@@ -31,4 +31,4 @@ LAYOUT = blocks(
     also=(("gguf", "MXFP4"),),
 )
 
-CODEC = Codec(LAYOUT, {"ggml": quantize.mxfp4})
+CODEC = Codec(LAYOUT, {"best": fp4.mxfp4, "ggml": quantize.mxfp4}, ("best",))

@@ -1,0 +1,43 @@
+"""Weights that are rotated before they are rounded: <base>_h<size>, as nvfp4_h16 or mxfp4_pairs_h128.
+
+What the base's bytes hold is the weight times the normalised Hadamard matrix, for every `size` neighbouring
+columns. It spreads single large weights over their neighbours. Decoding rotates back.
+
+Numbers and worked example: spec/formats/rotated.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from packfmt import codecs
+from packfmt.codec import Codec, Encoder
+from packfmt.kernels import hadamard
+
+SOURCE = "FP-Quant d2e3092 (MR-GPTQ), block Hadamard rotation of weights and activations"
+
+
+def codec(name: str) -> Codec:
+    """The codec of a name such as nvfp4_h16."""
+    of, _, number = name.rpartition("_h")
+    base, size = codecs.get(of), int(number)
+    layout = replace(
+        base.layout,
+        name=name,
+        hadamard=size,
+        purpose=f"{base.layout.purpose}; {size} columns rotated",
+        sources=(*base.layout.sources, SOURCE),
+        also=(),
+    )
+    encoders = {rule: partial(_rotated, encoder=encoder, size=size) for rule, encoder in base.encoders.items()}
+    return Codec(layout, encoders)
+
+
+def _rotated(weight: np.ndarray, encoder: Encoder, size: int) -> dict[str, np.ndarray]:
+    """The parts of the rotated weight."""
+    turned = weight.copy()
+    hadamard.transform(turned, size)
+    return dict(encoder(turned))
