@@ -28,7 +28,7 @@ WRONG = (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeEr
 MOST_BITS = 16  # of codes that spell steps; more spell too many to compare
 HELD, HELD_PERMUTED = 8, 40  # bytes a step: codes, steps and what tells which are zero; scales spread over columns
 FLOATS = ("<f2", "<f4", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu")  # dtypes of scales, all exact in float32
-POWERS = "powers of two"  # what scales are that a `table` has
+POWERS = "power of two"  # what scales are that a `table` has
 F64 = np.float64
 Doubles = npt.NDArray[np.float64]
 
@@ -148,7 +148,7 @@ def condition(source: Layout, target: Layout, shape: Shape) -> str:
     if a.whole and b.whole and a.whole != b.whole:
         needs.append("the scale of the tensor has an exact reciprocal")
     if not _all_scales(a, b):
-        needs.append(f"every scale is {'one of its ' if b.scales == POWERS else 'a '}{b.kind}")
+        needs.append(f"every scale is a {b.kind}")
     chunk = 4 * target.grid["stride"] if b.perm else 1  # columns change places within it
     if any(mine % theirs for mine, theirs in zip(a.share, b.share, strict=True)) or a.share[1] % chunk:
         needs.append(f"the {_group(b.share)} that share a scale there do so here")
@@ -299,7 +299,8 @@ def _numbers(grid: Grid, a: View, parts: Arrays, folded: bool) -> Doubles:
     if grid.name == "scaled":
         found = scale_numbers(parts, a.scales, a.whole if folded else "")
         return found.astype(F64)[:, None]
-    return scales(parts["scale"], a.planes, SPELLINGS[grid.name], a.ratio).astype(F64)
+    with np.errstate(invalid="ignore"):  # of signalling NaN
+        return scales(parts["scale"], a.planes, SPELLINGS[grid.name], a.ratio).astype(F64)
 
 
 def _reciprocal(whole: np.float32, rounded: bool) -> np.float32:

@@ -29,8 +29,22 @@ class Bit(NamedTuple):
 
 def extents(layout: Layout, shape: tuple[int, int], padded: bool) -> Extents:
     sides = {"rows": shape[0], "cols": shape[1]}
-    out = {a.name: sides[a.of] // a.per if a.of else a.size for a in layout.axes}
+    out = {a.name: sides[a.of] // a.per + a.plus if a.of else a.size for a in layout.axes}
     return {a.name: (out[a.name] + a.pad - 1) // a.pad * a.pad for a in layout.axes} if padded else out
+
+
+def grown(c: Component, extent: Extents) -> Extents:
+    """Extents as if the last cell of a ragged component were whole."""
+    if not c.ragged:
+        return extent
+    out = dict(extent)
+    for axis in extent:
+        inner = [d for m in c.cell for d in ((*m.units, *m.fields) if isinstance(m, Codes) else m.digits)]
+        mine = [d for d in (*c.over, *inner) if d.axis == axis]
+        if mine:
+            step = min(d.stride for d in mine) * prod(d.size or 1 for d in mine)
+            out[axis] = (extent[axis] + step - 1) // step * step
+    return out
 
 
 def closed(digits: tuple[Digit, ...], extent: Extents) -> list[Digit]:
@@ -93,6 +107,7 @@ class Placed:
 def members(c: Component, extent: Extents) -> tuple[list[Placed], int]:
     """The members of a component and the bits of its cell."""
     out, end = [], 0
+    extent = grown(c, extent)
     for m in c.cell:
         placed = Placed.of(c, m, extent)
         if isinstance(m, Codes) and m.at is not None:

@@ -90,7 +90,7 @@ G64 = blocks("g64", 64, Values("scale", "<f2"), Codes("codes", 4, (), (cols(1, 6
     ("source", "target", "reason"),
     [
         (Q8_0, Q4_0.layout, "q4_0 has no code for -128, -127, -126, -125 ... times a scale"),
-        (Q4_0, codecs.get("mxfp4").layout, "the numbers of mxfp4 are no steps times scales, but 'table'"),
+        (Q4_0, codecs.get("hif4").layout, "the numbers of hif4 are no steps times scales, but 'hif4'"),
         (Q4_0, DENSE["f32"], "the numbers of f32 are no steps times scales, but 'plain'"),
     ],
 )

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_layouts import layouts, tasks
 
+from packfmt import codecs
 from packfmt.errors import LayoutError
 from packfmt.kernels import move
 from packfmt.layout import (
@@ -167,6 +168,24 @@ def test_a_foreign_layout_agrees_with_the_slow_twin(foreign: Foreign) -> None:
 @pytest.mark.parametrize("layout", OWN, ids=lambda layout: layout.name)
 def test_a_layout_of_several_members_agrees_with_the_slow_twin(layout: Layout) -> None:
     check_layout(layout, small(layout))
+
+
+RAGGED = {
+    "fp8_block": ((100, 300), (129, 128), (1, 1)),
+    "fp8_block_e8m0": ((130, 257),),
+    "ct_int4_row_asym": ((13, 30), (8, 32), (1, 1)),
+    "ct_int3_legacy_row_asym": ((11, 32), (10, 20), (9, 7)),
+    "ct_int6_legacy_g32": ((3, 64),),
+    "arcquant_64": ((2, 64), (3, 128)),
+    "mxfp4_out3": ((2, 64),),
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), [(name, shape) for name, shapes in RAGGED.items() for shape in shapes])
+def test_cells_cut_at_the_edge_and_channels_stored_twice_agree_with_the_slow_twin(
+    name: str, shape: tuple[int, int]
+) -> None:
+    check_layout(codecs.get(name).layout, shape)
 
 
 # ---------------------------------------------------------------- random layouts

@@ -1,0 +1,256 @@
+"""FP4 in one form and in another: codes stay, scales are the same numbers, or the conversion is refused."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from packfmt import checkpoint, codecs, conversion
+from packfmt.codec import PackedTensor, exact_if, only_inverts, same_numbers, why_inexact
+from packfmt.errors import LayoutError, PlanError
+from packfmt.layout import dtype_of
+from packfmt.placement import pack
+from packfmt.plan import Recipe
+from tests import models
+from tests.models import normal, same
+
+F32 = np.float32
+MXFP4 = ("mxfp4", "mxfp4_pairs", "mxfp4_e8m0")
+NVFP4 = ("nvfp4", "nvfp4_modelopt", "nvfp4_ct", "nvfp4_swizzled")
+SHAPE = (128, 128)
+
+
+def layout(name: str):  # type: ignore[no-untyped-def]
+    return codecs.get(name).layout
+
+
+def made(name: str, codes: np.ndarray, scale: np.ndarray, whole: float = 0) -> PackedTensor:
+    """A tensor of these codes and stored scales."""
+    form = layout(name)
+    parts = {k: p for k, p in form.fit(*codes.shape).parts.items()}
+    given = {"codes": codes.astype(np.uint8), "scale": scale.astype(np.uint8).view(dtype_of(parts["scale"].dtype))}
+    given["scale"] = given["scale"].reshape(parts["scale"].shape)
+    if whole:
+        given["global_scale"] = np.full((1, 1), whole, F32)
+    return PackedTensor(form, codes.shape, pack(form, codes.shape, given))
+
+
+def weights() -> np.ndarray:
+    """Normal numbers, zeros, and blocks of zeros of either sign."""
+    out = normal(*SHAPE)
+    out[:2] = 0
+    out[2] = -0.0
+    out[3, ::3] = 0
+    return out
+
+
+def assert_there_and_back(packed: PackedTensor, target: str) -> None:
+    moved = packed.repack(layout(target))
+    assert np.array_equal(moved.decode(), packed.decode())
+    back = moved.repack(packed.layout)
+    assert all(same(back.components[name], c) for name, c in packed.components.items())
+
+
+# ---------------------------------------------------------------- among the containers of one format
+
+
+@pytest.mark.parametrize(("source", "target"), [*permutations(MXFP4, 2)])
+def test_mxfp4_passes_between_all_its_layouts_and_back(source: str, target: str) -> None:
+    for encoder in codecs.get(source).encoders:
+        assert_there_and_back(codecs.get(source).encode(weights(), encoder), target)
+
+
+@pytest.mark.parametrize(("source", "target"), [*permutations(NVFP4, 2)])
+def test_nvfp4_with_a_power_of_two_passes_between_all_its_layouts_and_back(source: str, target: str) -> None:
+    for encoder in ("best", "tiles"):
+        packed = codecs.get(source).encode(weights(), encoder)
+        (whole,) = packed.unpack()["global_scale"].reshape(-1)
+        assert np.frexp(whole)[0] == 0.5
+        assert_there_and_back(packed, target)
+
+
+def test_codes_that_mean_zero_stay_apart() -> None:
+    codes = np.tile(np.array([0, 8], np.uint8), (1, 16))
+    packed = made("mxfp4_pairs", codes, np.array([[127]]))
+    assert same(packed.repack(layout("mxfp4")).unpack()["codes"], codes)
+    assert np.signbit(packed.decode()).tolist() == [[False, True] * 16]
+
+
+# ---------------------------------------------------------------- a scale of the whole tensor
+
+
+@pytest.mark.parametrize("whole", [0.00146484375, 1.1e-3, 682.6667, 3.0])
+@pytest.mark.parametrize(("source", "target"), [("nvfp4_modelopt", "nvfp4_ct"), ("nvfp4_ct", "nvfp4")])
+def test_a_reciprocal_is_rounded_only_if_asked_for(source: str, target: str, whole: float) -> None:
+    rng = np.random.default_rng(3)
+    packed = made(source, rng.integers(0, 16, SHAPE), rng.integers(1, 127, (128, 8)), whole)
+    assert only_inverts(packed.layout, layout(target), SHAPE)
+    with pytest.raises(LayoutError, match="no exact reciprocal"):
+        packed.repack(layout(target))
+    moved = packed.repack(layout(target), rounded_reciprocal=True)
+    here, there = packed.unpack(), moved.unpack()
+    assert same(here["codes"], there["codes"]) and here["scale"].tobytes() == there["scale"].tobytes()
+    assert there["global_scale"][0, 0] == F32(1) / F32(whole)
+    a, b = packed.decode().astype(np.float64), moved.decode().astype(np.float64)
+    assert (np.abs(a - b) <= 2.0**-22 * np.abs(a)).all()
+    again = moved.repack(packed.layout, rounded_reciprocal=True)
+    invertible = F32(1) / (F32(1) / F32(whole)) == F32(whole)
+    assert same(again.unpack()["global_scale"], here["global_scale"]) == invertible
+
+
+def test_a_whole_scale_goes_into_float32_scales_whatever_it_is() -> None:
+    rng = np.random.default_rng(4)
+    for name in ("nvfp4_modelopt", "nvfp4_ct"):
+        packed = made(name, rng.integers(0, 16, SHAPE), rng.integers(1, 127, (128, 8)), 0.0123)
+        assert same(packed.repack(layout("e2m1_g16")).decode(), packed.decode())
+
+
+@pytest.mark.parametrize(("byte", "says"), [(0x7F, "nan"), (0x81, "-0.00195312")])
+def test_ggml_has_no_scale_that_is_negative_or_nan(byte: int, says: str) -> None:
+    scale = np.full((1, 4), 0x38)
+    scale[0, 2] = byte
+    packed = made("nvfp4_ct", np.full((1, 64), 3), scale, 2.0)
+    with pytest.raises(LayoutError, match=rf"scale \[0, 2\] is {says}.*, which is no ufloat7_e4m3"):
+        packed.repack(layout("nvfp4"))
+    assert same(packed.repack(layout("nvfp4_modelopt")).unpack()["scale"], packed.unpack()["scale"])
+
+
+# ---------------------------------------------------------------- MXFP4 and NVFP4
+
+
+@pytest.mark.parametrize("target", NVFP4)
+@pytest.mark.parametrize("span", [0, 17, 18])
+def test_mxfp4_becomes_nvfp4_if_its_exponents_span_at_most_17(target: str, span: int) -> None:
+    rng = np.random.default_rng(5)
+    scale = rng.integers(120 - span, 121, (128, 4))
+    scale[0, 0], scale[1, 1] = 120 - span, 120
+    packed = made("mxfp4_pairs", rng.integers(1, 8, SHAPE), scale)
+    assert same_numbers(packed.layout, layout(target), SHAPE)
+    assert "every scale is" in exact_if(packed.layout, layout(target), SHAPE)
+    if span == 18:
+        with pytest.raises(LayoutError, match=r"scale \[0, 0\] is .*, which is no u?float"):
+            packed.repack(layout(target))
+    else:
+        assert_there_and_back(packed, target)
+
+
+def test_nvfp4_whose_scales_are_no_pairs_of_powers_of_two_is_no_mxfp4() -> None:
+    codes, whole = np.full((1, 64), 5), 2.0**-5
+    scale = np.array([[0x38, 0x38, 0x40, 0x40]])  # 1, 1, 2, 2
+    moved = made("nvfp4_ct", codes, scale, whole).repack(layout("mxfp4"))
+    assert moved.unpack()["scale"].tolist() == [[132, 133]]
+    with pytest.raises(LayoutError, match="scale .* that of weights before it"):
+        made("nvfp4_ct", codes, np.array([[0x38, 0x40, 0x40, 0x40]]), whole).repack(layout("mxfp4"))
+    with pytest.raises(LayoutError, match="which is no float8_e8m0fnu"):
+        made("nvfp4_ct", codes, np.array([[0x39, 0x39, 0x40, 0x40]]), whole).repack(layout("mxfp4_pairs"))
+
+
+def test_a_block_of_zeros_takes_any_scale() -> None:
+    """Where all weights of 16 are zero, MXFP4 shares the other half's scale; a zero scale makes its codes zeros."""
+    codes = np.full((1, 32), 5)
+    codes[0, 16:] = 8
+    moved = made("nvfp4_ct", codes, np.array([[0x38, 0x55]]), 1).repack(layout("mxfp4_pairs"))
+    assert moved.unpack()["scale"].tolist() == [[127]] and same(moved.unpack()["codes"], codes.astype(np.uint8))
+    codes[0, 16:] = 9
+    packed = made("nvfp4_ct", codes, np.array([[0x38, 0x00]]), 1)
+    assert np.array_equal(packed.repack(layout("mxfp4_pairs")).decode(), packed.decode())
+
+
+def test_what_e8m0_reserves_is_a_number_only_in_ggml() -> None:
+    codes = np.full((1, 32), 2)
+    with pytest.raises(LayoutError, match=r"scale \[0, 0\] is 3.40282367e\+38, which is no float8_e8m0fnu"):
+        made("mxfp4", codes, np.array([[255]])).repack(layout("mxfp4_pairs"))
+    nothing = made("mxfp4_pairs", codes, np.array([[255]]))
+    assert nothing.repack(layout("mxfp4_e8m0")).components["scale"].view(np.uint8).tolist() == [[255]]
+    with pytest.raises(LayoutError, match="is nan, which is no power of two"):
+        nothing.repack(layout("mxfp4"))
+
+
+# ---------------------------------------------------------------- other formats
+
+
+def test_mxint8_is_q8_0_where_float16_has_the_scales() -> None:
+    packed = codecs.get("mxint8").encode(normal(8, 64))
+    moved = packed.repack(layout("q8_0"))
+    assert np.array_equal(moved.decode(), packed.decode())
+    assert same(moved.unpack()["codes"], packed.unpack()["codes"])
+    assert same(moved.repack(packed.layout).components["weight_scale"], packed.components["weight_scale"])
+
+
+def test_rotated_weights_are_not_taken_for_others() -> None:
+    packed = codecs.get("nvfp4_modelopt_h16").encode(normal(*SHAPE))
+    assert why_inexact(packed.layout, layout("nvfp4_modelopt"), SHAPE) == (
+        "nvfp4_modelopt_h16 has 16 columns rotated, nvfp4_modelopt none rotated"
+    )
+    assert_there_and_back(packed, "nvfp4_h16")
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (128, 0), (0, 0)])
+def test_nothing_keeps_the_scale_of_its_tensor(shape: tuple[int, int]) -> None:
+    packed = codecs.get("nvfp4_modelopt").encode(np.zeros(shape, F32))
+    moved = packed.repack(layout("nvfp4_ct"))
+    assert moved.components["weight_global_scale"].tolist() == [1.0]
+    assert moved.decode().shape == shape
+
+
+# ---------------------------------------------------------------- plans
+
+
+def nvfp4_folder(path: Path, encoder: str) -> Path:
+    model = models.folder(path / "dense", {"a.weight": normal(64, 128), "norm.weight": normal(64)})
+    conversion.convert(model, path / "packed", to="nvfp4_modelopt", encoder=encoder)
+    return path / "packed"
+
+
+def test_a_plan_says_that_the_scale_of_the_tensor_is_inverted(tmp_path: Path) -> None:
+    source = nvfp4_folder(tmp_path, "modelopt")
+    with checkpoint.open(source) as model:
+        plan = conversion.plan_for(model, tmp_path / "ct", Recipe("nvfp4_ct"))
+        (step,) = (s for s in plan.steps if s.name == "a.weight")
+        assert (step.action, step.exact) == ("rescale", False)
+        assert step.reason.endswith("the tensor's scale becomes its reciprocal")
+        conversion.run(plan, model, tmp_path / "ct")
+        with pytest.raises(PlanError, match="no exact reciprocal"):
+            conversion.plan_for(model, tmp_path / "no", Recipe("nvfp4_ct", lossless=True))
+        again = conversion.plan_for(model, tmp_path / "no", Recipe("nvfp4_ct", encoder="best"))
+        assert [s.action for s in again.steps] == ["requantise", "keep"]
+    with checkpoint.open(source) as before, checkpoint.open(tmp_path / "ct") as after:
+        assert same(before["a.weight"].unpack()["codes"], after["a.weight"].unpack()["codes"])
+
+
+def test_a_power_of_two_is_inverted_without_loss(tmp_path: Path) -> None:
+    source = nvfp4_folder(tmp_path, "best")
+    conversion.convert(source, tmp_path / "ct", to="nvfp4_ct", lossless=True)
+    with checkpoint.open(source) as before, checkpoint.open(tmp_path / "ct") as after:
+        assert same(before["a.weight"].decode(), after["a.weight"].decode())
+
+
+def test_layers_that_run_as_one_share_the_scale_of_the_tensor(tmp_path: Path) -> None:
+    sizes = {"q_proj": 1, "k_proj": 4, "v_proj": 2, "o_proj": 8}
+    dense = {
+        f"layers.{i}.attn.{n}.weight": F32(s * (i + 1)) * normal(64, 128) for i in (0, 3) for n, s in sizes.items()
+    }
+    dense |= {"layers.0.mlp.gate_proj.weight": normal(64, 128), "layers.0.mlp.up_proj.weight": 9 * normal(64, 128)}
+    model = models.folder(tmp_path / "dense", dense)
+    for encoder in ("best", "modelopt"):
+        out = tmp_path / encoder
+        conversion.convert(model, out, to="nvfp4_modelopt", encoder=encoder)
+        with checkpoint.open(out) as packed:
+            whole = {name: float(packed[name].unpack()["global_scale"][0, 0]) for name in packed}
+        for i in (0, 3):
+            shared = {whole[f"layers.{i}.attn.{n}.weight"] for n in ("q_proj", "k_proj", "v_proj")}
+            peak = max(np.abs(dense[f"layers.{i}.attn.{n}.weight"]).max() for n in ("q_proj", "k_proj", "v_proj"))
+            alone = codecs.get("nvfp4_modelopt").encode(np.full((1, 16), peak, F32), encoder)
+            assert shared == {float(alone.unpack()["global_scale"][0, 0])}
+        assert whole["layers.0.mlp.gate_proj.weight"] == whole["layers.0.mlp.up_proj.weight"]
+        assert whole["layers.0.attn.q_proj.weight"] != whole["layers.3.attn.q_proj.weight"]
+        assert whole["layers.0.attn.o_proj.weight"] != whole["layers.0.attn.q_proj.weight"]
+
+
+def test_the_bytes_of_scales_are_those_of_ml_dtypes() -> None:
+    packed = codecs.get("nvfp4_ct").encode(normal(*SHAPE))
+    assert packed.components["weight_scale"].dtype == ml_dtypes.float8_e4m3fn
