@@ -295,7 +295,8 @@ def _scales(
 def _numbers(grid: Grid, a: View, parts: Arrays, folded: bool) -> Doubles:
     """(rows, planes, groups): scales as the grid counts them, with that of the whole tensor if `folded`."""
     if grid.name == "table":
-        return np.ldexp(1.0, parts["scale"].astype(np.int64) - grid["exponent"])[:, None]
+        powers: Doubles = np.ldexp(1.0, parts["scale"].astype(np.int64) - grid["exponent"])
+        return powers[:, None]
     if grid.name == "scaled":
         found = scale_numbers(parts, a.scales, a.whole if folded else "")
         return found.astype(F64)[:, None]
@@ -349,7 +350,7 @@ def _inverse(scale: Doubles) -> Doubles:
         at = _first(odd)
         how = "no power of two, and one divides by it where the other multiplies"
         raise _Misfit(f"scale {[at[0], at[2]]} is {scale[at]:.9g}, {how}")
-    inverse: Doubles = 1 / scale
+    inverse: Doubles = np.divide(1, scale)
     return inverse
 
 

@@ -112,6 +112,35 @@ def test_every_dtype_has_a_dense_layout(name: str) -> None:
     assert layout.block == {"rows": 1, "cols": 1}
 
 
+def test_a_ragged_component_has_a_cell_for_what_is_left_at_the_edge() -> None:
+    scale = Component("scale", (rows(128), cols(128)), (Values("scale", "<f4"),), ragged=True)
+    layout = Layout("tiles", (Component("codes", (rows(), cols()), (Values("codes", "u1"),)), scale), RAW)
+    assert layout.block == {"rows": 1, "cols": 1}
+    assert layout.shapes(300, 129) == {"codes": (300, 129), "scale": (3, 2)}
+    assert layout.fit(300, 129).parts["scale"].share == (128, 128)
+    whole = replace(layout, components=(layout.components[0], replace(scale, ragged=False)))
+    assert whole.block == {"rows": 128, "cols": 128} and whole.id != layout.id
+    assert whole.shapes(384, 256)["scale"] == layout.shapes(384, 256)["scale"] == (3, 2)
+
+
+def test_positions_can_follow_those_of_the_weight() -> None:
+    stored = Axis("stored", "cols", plus=64)
+    codes = Codes("codes", 4, (), (Digit("stored", 1, 2),))
+    layout = Layout("twice", (Component("codes", (rows(), Digit("stored", 2)), (codes,)),), RAW, (ROWS, stored))
+    assert layout.shapes(3, 128) == {"codes": (3, 96)} and layout.fit(3, 128).parts["codes"].shape == (3, 192)
+    assert Layout.from_json(layout.to_json()) == layout
+    with pytest.raises(LayoutError, match="twice: 63 more along 'stored', needs a multiple of 2"):
+        replace(layout, axes=(ROWS, replace(stored, plus=63))).fit(3, 128)
+
+
+def test_rotated_columns_come_in_whole_groups() -> None:
+    rotated = replace(Q4_0, hadamard=256)
+    assert rotated.block == {"rows": 1, "cols": 256} and rotated.id != Q4_0.id
+    assert Layout.from_json(rotated.to_json()) == rotated
+    with pytest.raises(LayoutError, match="hadamard is 96, needs a power of two"):
+        replace(Q4_0, hadamard=96).fit(1, 96)
+
+
 # ---------------------------------------------------------------- refused
 
 
@@ -468,6 +497,12 @@ def nested(depth: int) -> list[Any]:
             "bits is 65, needs 1 to",
         ),
         (component(cell=[{"codes": "c"}]), "a member lacks"),
+        (component(ragged=False), "ragged is False, needs true or nothing"),
+        (component(ragged=1), "ragged is 1, needs true or nothing"),
+        (description(hadamard=0), "hadamard is 0, needs 2 to 1024"),
+        (description(hadamard=2048), "hadamard is 2048, needs 2 to 1024"),
+        (description(axes=[{"name": "rows", "of": "rows", "plus": 0}]), "plus is 0, needs 1 to"),
+        (description(axes=[{"name": "rows", "of": "rows", "plus": 1 << 40}]), "plus is .* needs 1 to"),
     ],
 )
 def test_a_bad_description_is_refused_by_name(data: Any, says: str) -> None:

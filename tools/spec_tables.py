@@ -56,27 +56,34 @@ def sizes(placed: Placed) -> list[int]:
 def formulas(layout: Layout) -> dict[str, list[str]]:
     """For every component, its `sizes` as formulas in rows and cols: "cols/32", "18", "rows".
 
-    Each size is a monomial, so three shapes give it away: one, twice its rows, twice its cols.
+    Each size is a monomial in rows and in cols, or cols and what comes after them; so three shapes give it away:
+    one, one of twice its rows, one of twice its cols.
     """
-    pad = lcm(*(a.per * a.pad for a in layout.axes))
+    strides = [d.stride for c in layout.components if isinstance(c, Component) and c.ragged for d in c.over]
+    pad = lcm(*(a.per * a.pad for a in layout.axes), *(n for n in strides if n))
     rows, cols = (64 * lcm(n, pad) for n in layout.block.values())
+    plus = max(a.plus for a in layout.axes)
     fitted = [layout.fit(*shape).components for shape in ((rows, cols), (2 * rows, cols), (rows, 2 * cols))]
-    return {
-        one[0].name: [
-            formula(here, {"rows": (tall // here == 2, rows), "cols": (wide // here == 2, cols)})
-            for here, tall, wide in zip(*map(sizes, one), strict=True)
-        ]
-        for one in zip(*fitted, strict=True)
-    }
+    sides = {"cols": (cols, Fraction(2)), f"(cols + {plus})": (cols + plus, Fraction(2 * cols + plus, cols + plus))}
+    ragged = {c.name for c in layout.components if isinstance(c, Component) and c.ragged}
+    out = {}
+    for one in zip(*fitted, strict=True):
+        texts = []
+        for here, tall, wide in zip(*map(sizes, one), strict=True):
+            grows = {"rows": rows} if tall == 2 * here else {}
+            grows |= {text: n for text, (n, ratio) in sides.items() if wide > here and wide == ratio * here}
+            text = formula(here, grows)
+            texts.append(f"⌈{text}⌉" if one[0].name in ragged and "/" in text else text)
+        out[one[0].name] = texts
+    return out
 
 
-def formula(number: int, grows: dict[str, tuple[bool, int]]) -> str:
-    """The number as a fraction of the sides that it grows with."""
+def formula(number: int, grows: dict[str, int]) -> str:
+    """The number as a fraction of the sides that it grows with, each with its extent."""
     factor, text = Fraction(number), ""
-    for side, (with_it, extent) in grows.items():
-        if with_it:
-            factor /= extent
-            text += ("*" if text else "") + side
+    for side, extent in grows.items():
+        factor /= extent
+        text += ("*" if text else "") + side
     if not text:
         return str(number)
     text += f"*{factor.numerator}" if factor.numerator > 1 else ""
@@ -135,6 +142,10 @@ def table(layout: Layout) -> str:
     facts = {"needs a multiple of": needs}
     if padded := [f"{a.name} to a multiple of {a.pad * a.per}" for a in layout.axes if a.pad > 1]:
         facts["rounded up"] = ", ".join(padded)
+    if more := [f"{a.plus} {a.name} after those of the weight" for a in layout.axes if a.plus]:
+        facts["stored beside"] = ", ".join(more)
+    if layout.hadamard:
+        facts["rotated"] = f"every {layout.hadamard} columns"
     facts |= {"bits a weight": f"{layout.bits_per_weight:.6g}", "grid": grid}
     facts["id"] = f"`{layout.id}`"
     return "\n".join([*lines, "", *(f"- {what}: {value}" for what, value in facts.items()), ""])

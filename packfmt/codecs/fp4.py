@@ -17,7 +17,7 @@ import numpy as np
 
 from packfmt.codec import Codec
 from packfmt.codecs.nvfp4 import SCALES, SECOND, parts_of
-from packfmt.kernels import scaled
+from packfmt.kernels import hif4, scaled
 from packfmt.layout import Codes, Component, Layout, Values, cols, grid, rows
 
 PAIRS = "byte j holds column 2 j low, column 2 j + 1 high"
@@ -86,13 +86,9 @@ def _codec(layout: Layout, function: Any, *rules: str) -> Codec:
     return Codec(layout, {r: partial(_shared, function=function, rule=r) for r in rules}, ("best",), shared=rules)
 
 
-def _hif4(weight: np.ndarray) -> dict[str, np.ndarray]:
-    return scaled.hif4(weight)
-
-
 CODECS = {
     "nvint4": _codec(NVINT4, scaled.nvint4, "best", "rtn"),
     "fp4_ue5m3": Codec(UE5M3, {r: partial(scaled.fp4_ue5m3, rule=r) for r in ("best", "rtn")}, ("best",)),
     "if4": _codec(IF4, scaled.if4, "best", "fouroversix"),
-    "hif4": Codec(HIF4, {"amct": _hif4}),
+    "hif4": Codec(HIF4, {r: partial(hif4.hif4, rule=r) for r in ("best", "amct")}, ("best",)),
 }

@@ -21,7 +21,7 @@ import numpy as np
 
 from packfmt.codec import Codec
 from packfmt.kernels import scaled
-from packfmt.layout import Component, Digit, Layout, Values, cols, grid, rows
+from packfmt.layout import Component, Digit, Layout, Values, cols, dtype_of, grid, rows
 
 TILE = 128
 CT = "compressed-tensors 0.20.0, compressors: float-quantized"
@@ -63,14 +63,17 @@ def _layout(kind: str, suffix: str) -> Layout:
     )
 
 
-def _encode(weight: np.ndarray, share: tuple[int, int], suffix: str) -> dict[str, np.ndarray]:
-    parts = scaled.fp8(weight, share, DTYPES[suffix])
-    return {"codes": parts["codes"].view(ml_dtypes.float8_e4m3fn), "scale": parts["scale"]}
+def _encode(weight: np.ndarray, share: tuple[int, int], suffix: str, rule: str) -> dict[str, np.ndarray]:
+    parts = scaled.fp8(weight, share, DTYPES[suffix], rule)
+    scale, dtype = parts["scale"], dtype_of(DTYPES[suffix])
+    numbers = scale.view(dtype) if scale.dtype == np.uint8 else scale.astype(dtype)
+    return {"codes": parts["codes"].view(ml_dtypes.float8_e4m3fn), "scale": numbers}
 
 
 def _codec(kind: str, suffix: str) -> Codec:
+    rules = ("amax", "compressed-tensors") if suffix == "_bf16" else ("amax",)
     encode: Any = partial(_encode, share=SHARE[kind], suffix=suffix)
-    return Codec(_layout(kind, suffix), {"amax": encode})
+    return Codec(_layout(kind, suffix), {rule: partial(encode, rule=rule) for rule in rules})
 
 
 KINDS = (*((kind, suffix) for kind in OVER for suffix in ("", "_bf16")), ("block", "_e8m0"))

@@ -21,7 +21,7 @@ import numpy as np
 from packfmt.codec import Codec
 from packfmt.errors import PlanError
 from packfmt.kernels import scaled
-from packfmt.layout import WORD, Codes, Component, Digit, Layout, Values, cols, grid, rows
+from packfmt.layout import WORD, Codes, Component, Digit, Layout, Values, cols, dtype_of, grid, rows
 
 NAME = re.compile(r"ct_int([2-8])(_legacy)?_(?:row|g(\d+))(_asym)?(_f16|_f32)?")
 DTYPES = {None: "bfloat16", "_f16": "<f2", "_f32": "<f4"}
@@ -75,8 +75,9 @@ def codec(name: str) -> Codec:
     )
     choice: dict[str, Any] = {"bits": bits, "group": group, "symmetric": not asym, "dtype": dtype}
     rules = ("best", "compressed-tensors")
-    return Codec(layout, {rule: partial(_encode, rule=rule, **choice) for rule in rules})
+    return Codec(layout, {rule: partial(_encode, rule=rule, **choice) for rule in rules}, ("best",))
 
 
-def _encode(weight: np.ndarray, **choice: Any) -> dict[str, np.ndarray]:
-    return scaled.packed_int(weight, **choice)
+def _encode(weight: np.ndarray, dtype: str, **choice: Any) -> dict[str, np.ndarray]:
+    parts = scaled.packed_int(weight, dtype=dtype, **choice)
+    return parts | {"scale": parts["scale"].astype(dtype_of(dtype))}
