@@ -35,11 +35,14 @@ WORTH: Final = 16  # repetitions that make a run worth starting
 ENOUGH: Final = 1 << 10  # pieces that make a step of the outer counter worth taking
 
 
-def unpack(layout: Layout, shape: tuple[int, int], components: Arrays) -> dict[str, Array]:
+def unpack(
+    layout: Layout, shape: tuple[int, int], components: Arrays, without: frozenset[str] = frozenset()
+) -> dict[str, Array]:
     """Components -> one array a part, in the order of the layout's axes.
 
     shape : (rows, cols) of the weight. Codes come as the smallest unsigned integers that hold them,
     values in their own dtype; `layout.fit(*shape).parts` has names and dtypes. Streams pass as they are.
+    without : parts that are not wanted
 
     Raises
     ------
@@ -49,11 +52,13 @@ def unpack(layout: Layout, shape: tuple[int, int], components: Arrays) -> dict[s
     fitted = layout.fit(*shape)
     parts = {s.name: _component(layout, components, s.name) for s in layout.streams}
     for part in fitted.parts.values():
-        if part.name not in parts:
+        if part.name not in parts and part.name not in without:
             parts[part.name] = np.zeros(part.shape, dtype_of(part.dtype))
     for placed in fitted.components:
         raw = _bytes(_checked_component(layout, placed, components))
         for m in placed.members:
+            if m.part in without:
+                continue
             part = fitted.parts[m.part]
             _move(raw, _stored(fitted, placed, m), _bytes(parts[part.name]), _plain(part), part.shape)
     return parts
@@ -80,39 +85,53 @@ def pack(layout: Layout, shape: tuple[int, int], parts: Arrays) -> dict[str, Arr
     return components
 
 
-def repack(source: Layout, target: Layout, shape: tuple[int, int], components: Arrays) -> dict[str, Array]:
+def repack(
+    source: Layout, target: Layout, shape: tuple[int, int], components: Arrays, given: Arrays | None = None
+) -> dict[str, Array]:
     """Components of one layout -> components of another with the same parts, bit for bit.
+
+    given : parts of the target that are taken from here, whatever the source has; what only the source has is
+        left out then
 
     Raises
     ------
     LayoutError
-        If the layouts' parts differ (`difference`), or a component is not what the layout says.
+        If the layouts' parts differ (`difference`), or a component or a given part is not what its layout says.
     """
-    if reason := difference(source, target, shape):
-        raise LayoutError(f"{source.name} to {target.name}: {reason}")
+    given = given or {}
     before, after = source.fit(*shape), target.fit(*shape)
+    without = frozenset(given) | (before.parts.keys() - after.parts.keys() if given else frozenset())
+    if reason := difference(source, target, shape, without):
+        raise LayoutError(f"{source.name} to {target.name}: {reason}")
+    for name in given:
+        _check_part(target, after.parts[name], given)
     out = {s.name: _component(source, components, s.name) for s in target.streams}
     for there in after.components:
         out[there.name] = np.zeros(there.shape, dtype_of(there.dtype))
-    for here, there in product(before.components, after.components):
-        raw = _bytes(_checked_component(source, here, components))
-        for m, n in product(here.members, there.members):
-            if m.part == n.part:
-                counts = before.parts[m.part].shape
-                _move(raw, _stored(before, here, m), _bytes(out[there.name]), _stored(after, there, n), counts)
+        for n in there.members:
+            part = after.parts[n.part]
+            side, whole = _stored(after, there, n), _bytes(out[there.name])
+            if n.part in given:
+                _move(_bytes(given[n.part]), _plain(part), whole, side, part.shape)
+                continue
+            for here in before.components:
+                raw = _bytes(_checked_component(source, here, components))
+                for m in here.members:
+                    if m.part == n.part:
+                        _move(raw, _stored(before, here, m), whole, side, part.shape)
     return out
 
 
-def difference(source: Layout, target: Layout, shape: tuple[int, int]) -> str:
-    """Why the parts of one layout are not those of another; empty if they are."""
+def difference(source: Layout, target: Layout, shape: tuple[int, int], without: frozenset[str] = frozenset()) -> str:
+    """Why the parts of one layout, but for those in `without`, are not those of another; empty if they are."""
     a, b = source.fit(*shape), target.fit(*shape)
-    if a.parts.keys() != b.parts.keys():
+    if a.parts.keys() - without != b.parts.keys() - without:
         return f"one has {', '.join(a.parts)}, the other {', '.join(b.parts)}"
     axes = [[(x.of, x.per, x.size, x.plus) for x in layout.axes] for layout in (source, target)]
     if axes[0] != axes[1]:
         return f"the axes of one are {axes[0]}, of the other {axes[1]}"
-    for name, part in a.parts.items():
-        other = b.parts[name]
+    for name in a.parts.keys() - without:
+        part, other = a.parts[name], b.parts[name]
         # along an axis with one element, what it is shared by is the whole axis, padding or not
         shares = [[s for s, n in zip(p.share, p.shape, strict=False) if n > 1] for p in (part, other)]
         if part.shape != other.shape or shares[0] != shares[1]:

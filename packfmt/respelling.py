@@ -20,7 +20,7 @@ from packfmt import minifloat
 from packfmt.errors import LayoutError
 from packfmt.grids import scale_numbers
 from packfmt.layout import Grid, Layout, dtype_of
-from packfmt.placement import Array, Arrays, pack, unpack
+from packfmt.placement import Array, Arrays, difference, pack, repack, unpack
 from packfmt.spellings import F32, SPELLINGS, Steps, contiguous_quads, scales, unit
 
 Shape = tuple[int, int]
@@ -28,6 +28,7 @@ WRONG = (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeEr
 MOST_BITS = 16  # of codes that spell steps; more spell too many to compare
 HELD, HELD_PERMUTED = 8, 40  # bytes a step: codes, steps and what tells which are zero; scales spread over columns
 FLOATS = ("<f2", "<f4", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu")  # dtypes of scales, all exact in float32
+CODES = frozenset({"codes"})
 POWERS = "power of two"  # what scales are that a `table` has
 F64 = np.float64
 Doubles = npt.NDArray[np.float64]
@@ -212,12 +213,13 @@ def respell(
     a, b = view(source, shape), view(target, shape)
     assert isinstance(a, View) and isinstance(b, View)
     try:
-        parts = unpack(source, shape, components)
+        parts = unpack(source, shape, components, CODES)
         if not shape[0] or not shape[1]:
             return _empty(target, b, shape, parts)
+        if (others := _beside_codes(source, target, shape, parts, rounded_reciprocal)) is not None:
+            return repack(source, target, shape, components, others)
         scale, whole = _scales(source, a, b, parts, rounded_reciprocal)
-        if (same := _same_codes(target, a, b, shape, parts, scale, whole)) is not None:
-            return pack(target, shape, same)
+        parts = unpack(source, shape, components)
         steps = _steps(source, parts)
         perm = parts["perm"].reshape(-1) if a.perm else None
         if perm is not None and not np.array_equal(np.sort(perm), np.arange(shape[1])):
@@ -240,19 +242,27 @@ def _empty(target: Layout, b: View, shape: Shape, parts: Arrays) -> dict[str, Ar
     return out
 
 
-def _same_codes(
-    target: Layout, a: View, b: View, shape: Shape, parts: Arrays, scale: Doubles, whole: np.float32 | None
+def _beside_codes(
+    source: Layout, target: Layout, shape: Shape, parts: Arrays, rounded_reciprocal: bool
 ) -> dict[str, Array] | None:
-    """The target's parts if codes stay as they are, and no scale needs a look at its weights."""
-    fitted = target.fit(*shape).parts
-    if a.table != b.table or not a.table or a.share != b.share or a.perm or b.perm or a.divides != b.divides:
+    """The target's parts but for its codes, if these stay as they are and no scale needs a look at its weights."""
+    a, b = view(source, shape), view(target, shape)
+    assert isinstance(a, View) and isinstance(b, View)
+    if a.table != b.table or not a.table or a.share != b.share or a.divides != b.divides:
         return None
+    if difference(source, target, shape, frozenset({"scale", "global_scale"})):
+        return None
+    found = parts["scale"]
+    # scales of a byte are few: what becomes of each is found once, unless it depends on all of them
+    few = found.dtype.itemsize == 1 and bool(a.whole) == bool(b.whole)
+    each = np.arange(256, dtype=np.uint8).view(found.dtype)[None] if few else found
+    scale, whole = _scales(source, a, b, {**parts, "scale": each}, rounded_reciprocal)
     stored, lost = _stored(scale, target.grid, b)
+    if few:
+        stored, lost = (array[0, 0][found.view(np.uint8)] for array in (stored, lost))
     if lost.any():
         return None
-    codes = parts["codes"].reshape(fitted["codes"].shape)
-    out = {"codes": codes.astype(dtype_of(fitted["codes"].dtype)), "scale": stored.reshape(fitted["scale"].shape)}
-    return out | _whole_part(target, shape, whole)
+    return {"scale": stored.reshape(target.fit(*shape).parts["scale"].shape), **_whole_part(target, shape, whole)}
 
 
 def _whole_part(target: Layout, shape: Shape, whole: np.float32 | None) -> dict[str, Array]:
@@ -294,13 +304,12 @@ def _scales(
 
 def _numbers(grid: Grid, a: View, parts: Arrays, folded: bool) -> Doubles:
     """(rows, planes, groups): scales as the grid counts them, with that of the whole tensor if `folded`."""
-    if grid.name == "table":
-        powers: Doubles = np.ldexp(1.0, parts["scale"].astype(np.int64) - grid["exponent"])
-        return powers[:, None]
-    if grid.name == "scaled":
-        found = scale_numbers(parts, a.scales, a.whole if folded else "")
-        return found.astype(F64)[:, None]
-    with np.errstate(invalid="ignore"):  # of signalling NaN
+    with np.errstate(all="ignore"):  # of signalling NaN, and of descriptions that say anything
+        if grid.name == "table":
+            powers: Doubles = np.ldexp(1.0, parts["scale"].astype(np.int64) - grid["exponent"])
+            return powers[:, None]
+        if grid.name == "scaled":
+            return scale_numbers(parts, a.scales, a.whole if folded else "").astype(F64)[:, None]
         return scales(parts["scale"], a.planes, SPELLINGS[grid.name], a.ratio).astype(F64)
 
 

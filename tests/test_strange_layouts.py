@@ -20,9 +20,17 @@ from packfmt.placement import Arrays
 
 Path = tuple[str | int, ...]
 SHAPES = [(r, c) for r in (0, 1, 3, 4, 32, 64) for c in (0, 64, 128, 256, 512)]
-NAMES = (*codecs.names(), *("mote_4", "tl1_64_16_32", "tl2_64_128_32_96"))
-TEXTS = ("rows", "cols", "quads", "u1", "i1", "<f2", "<f4", "<u2", "codes", "scale", "affine", "base3", "levels", "low")
-TARGETS = ("tq2_0", "sherry", "sherry_t32", "ptqtp2_b3", "i2_s")
+NAMES = (
+    *codecs.names(),
+    *("mote_4", "tl1_64_16_32", "tl2_64_128_32_96", "arcquant_64", "mxfp4_out3", "nvfp4_ct_h64"),
+    *("ct_int3_legacy_g32_asym", "ct_int4_row_asym", "e3m2b5_g32", "e2m1_tensor"),
+)
+TEXTS = (
+    *("rows", "cols", "quads", "u1", "i1", "<f2", "<f4", "<u2", "codes", "scale", "affine", "base3", "levels", "low"),
+    *("scaled", "table", "either", "times", "divides", "float4_e2m1fn", "float8_e4m3fn", "float8_e8m0fnu", "int4"),
+    *("ufloat7_e4m3", "float6_e3m2b5", "global_scale", "zero", "perm", "columns"),
+)
+TARGETS = ("tq2_0", "sherry", "sherry_t32", "ptqtp2_b3", "i2_s", "mxfp4_pairs", "nvfp4_ct", "e2m1_g16", "q8_0")
 MOST_BYTES = 1 << 20
 
 
