@@ -4,7 +4,7 @@
     float<n>_e<E>m<M>b<bias>            sign, E bits of exponent, M of mantissa; every code is a number
     ufloat8_e5m3                        the same without a sign, bias 15; 255 is NaN (scales of AMD's FP4)
     ufloat8_e6m2                        no sign, no subnormals and no zero, bias 48; 255 is NaN (scales of HiF4)
-    ufloat7_e4m3                        float8_e4m3fn whose sign is ignored; 127 is 0 (scales of ggml's NVFP4)
+    ufloat7_e4m3                        bit 7 is ignored, bias 7; 127 is 0, and 255 is 480 (scales of ggml's NVFP4)
     int4, int8_f6, int4_6/7             two's complement; with 6 bits of fraction; times 6/7, as float32 (IF4)
     sm4_f2                              a sign, then 3 bits of magnitude, 2 of them fraction (HiF4)
 
@@ -61,8 +61,7 @@ def _e6m2() -> Doubles:
 
 def _ggml_e4m3() -> Doubles:
     seven = _magnitudes(4, 3, 7)
-    seven[127] = 0
-    return np.concatenate([seven, seven])
+    return np.concatenate([np.where(np.arange(128) == 127, 0, seven), seven])
 
 
 def _twos(bits: int) -> Doubles:

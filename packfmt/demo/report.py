@@ -16,7 +16,8 @@ from packfmt.plan import WEIGHTS, Plan, Recipe
 
 # of every kind one; layouts that hold the same numbers in other places would only repeat a row
 LAYOUTS = (
-    *("f32", "f16", "bf16", "q8_0", "q4_0", "mxfp4"),
+    *("f32", "f16", "bf16", "q8_0", "mxint8", "fp8_row", "mxfp8_e4m3", "mxfp6_e2m3"),
+    *("q4_0", "if4", "hif4", "nvfp4_modelopt", "mxfp4"),
     *("ptqtp3_b3", "ptqtp2_b3", "ptqtp1_b3", "bitnet", "tq1_0", "sherry_g128", "sherry_row", "q1_0"),
 )
 FALLBACK = "q8_0"  # for columns that do not fill a layout's blocks: of 384, blocks of 256 cannot be made

@@ -9,6 +9,9 @@ A module has
     write(path, plan, tensors, extras, check)    one tensor at a time; `path` appears only when whole and checked
     open(path, layouts, read_as)                 a Source; `read_as` says which layouts foreign types are meant as
 
+or a `DIALECT` that has these as its methods (`folder.Dialect`): a folder in Hugging Face's form, whose config.json
+says how some ecosystem's packed weights are stored in it.
+
 A container knows names, offsets and bytes. It never looks inside a block and never meets a codec:
 `layouts(container, type name)` tells it which layout a foreign type is, and `layouts("packfmt", name)` which
 installed layout bears a name.
@@ -29,7 +32,17 @@ from packfmt.layout import Layout
 from packfmt.plan import Holder, Plan, TensorInfo
 
 SUFFIXES = {"safetensors": ".safetensors", "gguf": ".gguf"}  # of files; a folder is safetensors
-NAMES = (*SUFFIXES, "bitnet")  # the last a folder that is asked for by name
+FOLDERS = ("bitnet", "compressed_tensors", "deepseek", "gpt_oss", "modelopt", "quark")  # that are asked for by name
+NAMES = (*SUFFIXES, *FOLDERS)
+METHODS = {  # quant_method in config.json -> folder
+    "bitnet": "bitnet",
+    "compressed-tensors": "compressed_tensors",
+    "fp8": "deepseek",
+    "modelopt": "modelopt",
+    "mxfp4": "gpt_oss",
+    "quark": "quark",
+}
+SIGNS = {"hf_quant_config.json": "modelopt"}  # a JSON file that says what config.json may not -> folder
 Layouts = Callable[[str, str], Layout | None]
 
 
@@ -78,7 +91,8 @@ class Container(Holder, Protocol):
 
 
 def get(name: str) -> Container:
-    """The container called `name`."""
-    if name not in NAMES:
+    """The container called `name`; - may stand for _."""
+    if name.replace("-", "_") not in NAMES:
         raise PlanError(f"no container is called {name!r}; there are {', '.join(NAMES)}")
-    return cast(Container, import_module(f"{__name__}.{name}"))
+    module = import_module(f"{__name__}.{name.replace('-', '_')}")
+    return cast(Container, getattr(module, "DIALECT", module))

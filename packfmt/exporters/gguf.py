@@ -3,20 +3,27 @@
 What GGUF has no place for stands in keys of our own, which other readers pass over:
 
     packfmt.version   UINT32, of these keys
-    packfmt.tensors   JSON: for each tensor its logical shape and dtype, layout, ggml type and the SHA-256 of its bytes
+    packfmt.tensors   JSON: for each tensor its logical shape and dtype, layout, ggml type and the SHA-256 of its bytes,
+                      followed by those of the tensor that holds its scale, where there is one
     packfmt.layouts   JSON: description of each packed layout, by its id
     packfmt.config    JSON: the model's config.json
 
 A model that was no GGUF gets `general.architecture` "packfmt-...", which llama.cpp refuses by name: nothing
 here maps tensor names or hyperparameters to those of an architecture that it runs.
+
+A packed tensor is one tensor of the file, or two: the scale of a whole NVFP4 tensor `X.weight` is the F32
+tensor `X.scale` (`GgmlType.beside`), as llama.cpp looks for it: one number, and once more for each expert of a
+stack. `X.input_scale` is no part of a weight.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from math import prod
@@ -31,8 +38,9 @@ from packfmt.codec import Array, PackedTensor, matrix
 from packfmt.errors import ContainerError, LayoutError, PlanError
 from packfmt.exporters import Extras, KeyValue, Layouts
 from packfmt.exporters import gguf_header as header
+from packfmt.exporters.folder import DIVIDES, MULTIPLIES
 from packfmt.exporters.gguf_header import MOST_DIMS, Entry, aligned, alignment_of
-from packfmt.exporters.gguf_types import GgmlType, among, ggml_types, rooms, sized
+from packfmt.exporters.gguf_types import WEIGHT, GgmlType, among, ggml_types, rooms, sized
 from packfmt.exporters.whole import Check, whole_file
 from packfmt.layout import DENSE, DTYPES, Layout, dtype_of
 from packfmt.plan import Plan, Step, TensorInfo
@@ -44,20 +52,25 @@ DENSE_OF = {name.upper(): DENSE[name] for name in ("f32", "f16", "bf16", "f64", 
 LONGEST_NAME = 63  # bytes; GGML_MAX_NAME 64 counts the final zero (ggml.h, llama.cpp 067d44f6)
 NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 HADAMARD, ROTATED = "prism.hadamard", ("PQ2_0", "PTQ1_0", "Q2_0")  # keys of PrismML's files, and types they may hold
+SCALE_BYTES = 4  # of a scale that is a tensor of its own, one F32
+DIFFERENT = "a scale of its own for each expert, and one for all is read"
+MOST_EXPERTS = 1 << 16  # whose scales are looked at before a tensor is read
+LOOKED_UP = re.compile(r"(token_embd|per_layer_token_embd|position_embd|token_types)\.weight")
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, same file
 
 
 def type_of(layout: Layout) -> str:
     """The ggml type that stores a layout; empty if none does."""
     dense = (kind for kind, known in DENSE_OF.items() if known == layout)
-    return dict(layout.also).get(NAME, "") or next(dense, "")
+    by_name = (kind for kind, known in ggml_types().items() if layout.name in (known.alone, known.scaled))
+    return dict(layout.also).get(NAME, "") or next(dense, "") or next(by_name, "")
 
 
 @cache
 def _misfit(layout: Layout, kind: str, shape: tuple[int, ...]) -> str:
     """Why such a tensor cannot be of this ggml type; empty if its components fill the type's bytes.
 
-    The first component is the type's blocks; others, such as a scale, stand in its tail.
+    The first component is the type's blocks; others, such as a scale, stand in its tail or in a tensor beside it.
     """
     known = ggml_types().get(kind)
     if known is None:
@@ -65,6 +78,11 @@ def _misfit(layout: Layout, kind: str, shape: tuple[int, ...]) -> str:
     if layout.streams:
         return f"{layout.name}: has a stream, whose length no ggml type tells"
     blocks, *rest = (c.nbytes for c in layout.fit(*matrix(shape)).components)
+    if known.beside:
+        last = layout.fit(*matrix(shape)).components[-1]
+        if rest and (len(rest) > 1 or last.dtype != "<f4" or rest != [4]):
+            return f"{layout.name}: beside its blocks {kind} has one F32 number, in a tensor of its own"
+        rest = []
     needs = known.blocks(shape)
     if needs is None:
         return f"{layout.name}: {list(shape)}, {kind} needs a multiple of {known.block} columns"
@@ -100,7 +118,25 @@ def name_refusal(name: str) -> str:
 
 
 def plan_refusal(steps: tuple[Step, ...]) -> str:
-    """Why these tensors cannot stand together; empty, for each has a name of its own."""
+    """Why these tensors cannot stand together; empty if they can."""
+    steps = tuple(_multiplying(steps))
+    for name, count in Counter(s.name for s in steps).items():
+        if count > 1:
+            return f"{name}: stands there with {DIVIDES.suffix}, too, which would become it; keep one of them out"
+    owner = {s.name: "it" for s in steps}
+    asking = [(s, known) for s in steps if (known := ggml_types().get(type_of(s.layout))) and known.beside]
+    # those with a scale first: then the others' are known to be missing
+    for step, known in sorted(asking, key=lambda pair: not _beside(pair[0].layout, pair[1], pair[0].name)):
+        scale = known.name_beside(step.name)
+        if scale in owner:
+            return f"{scale}: readers would take {owner[scale]} for the scale of {step.name}; keep one of them out"
+        if _beside(step.layout, known, step.name):
+            if LOOKED_UP.fullmatch(step.name) and step.before != step.layout:
+                other = f"--map '{re.escape(step.name)}={known.alone}'"
+                return f"{step.name}: llama.cpp refuses a scale beside a table that it looks tokens up in; say {other}"
+            if why_not := name_refusal(scale):
+                return f"{step.name}: its scale needs {why_not}"
+            owner[scale] = f"that of {step.name}"
     return ""
 
 
@@ -116,7 +152,8 @@ def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extra
     """Write one file, holding one tensor in memory at a time.
 
     A GGUF's own key-values are carried over as they are, less `general.file_type` if a layout changed.
-    `extras.files` have no place in a GGUF.
+    `extras.files` have no place in a GGUF. compressed-tensors' `X.input_global_scale` becomes `X.input_scale`
+    beside NVFP4 weights.
 
     Raises
     ------
@@ -124,17 +161,28 @@ def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extra
         If the container cannot hold a step, or a tensor is not the one its step announced.
     """
     _check_steps(plan.steps)
-    stream = iter(tensors)
+    stream, asked = iter(tensors), plan.steps
+    plan = replace(plan, steps=tuple(_multiplying(asked)))
     sums: dict[str, str] = {}
     head, alignment = _header(plan, extras, sums)
     with whole_file(path, check) as file:
         file.write(head)
-        for step in plan.steps:
-            sums[step.name] = _append(file, step, next(stream, None), alignment)
+        for step, before in zip(plan.steps, asked, strict=True):
+            inverse = step.name != before.name
+            sums[step.name] = _append(file, step, next(stream, None), alignment, inverse)
         if next(stream, None) is not None:
             raise PlanError(f"more tensors than the {len(plan.steps)} planned")
         file.seek(0)
         file.write(_header(plan, extras, sums)[0])  # as long as before: a digest takes the room kept for it
+
+
+def _multiplying(steps: tuple[Step, ...]) -> Iterator[Step]:
+    """The same, with scales of inputs that divide (compressed-tensors') called as those that multiply (llama.cpp's)."""
+    beside = [s.name.removesuffix(WEIGHT) for s in steps if (t := ggml_types().get(type_of(s.layout))) and t.beside]
+    inverse = {module + DIVIDES.suffix: module + MULTIPLIES.suffix for module in beside}
+    for step in steps:
+        one = step.layout == DENSE["f32"] and prod(step.shape) == 1
+        yield replace(step, name=inverse[step.name]) if one and step.name in inverse else step
 
 
 def _check_steps(steps: tuple[Step, ...]) -> None:
@@ -145,38 +193,83 @@ def _check_steps(steps: tuple[Step, ...]) -> None:
         if step.name in seen:
             raise PlanError(f"{step.name}: planned twice")
         seen.add(step.name)
+    if why_not := plan_refusal(steps):
+        raise PlanError(why_not)
 
 
-def _append(file: BinaryIO, step: Step, tensor: PackedTensor | None, alignment: int) -> str:
-    """Write a tensor and zeros up to the next one's place; returns its SHA-256."""
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of the file: all of a step, or one component of it, so many `times` over.
+
+    `places` are where components begin in its bytes.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    nbytes: int  # before padding to the alignment
+    places: Mapping[str, int]
+    times: int = 1
+
+
+def _append(file: BinaryIO, step: Step, tensor: PackedTensor | None, alignment: int, inverse: bool) -> str:
+    """Write a tensor, or 1 / its numbers, and zeros up to the next one's place; returns its SHA-256."""
     if tensor is None or (tensor.layout, tensor.shape) != (step.layout, step.shape):
         got = "nothing" if tensor is None else f"{tensor.layout.name} {tensor.shape}"
         raise PlanError(f"{step.name}: got {got}, planned {step.layout.name} {step.shape}")
-    digest, at, whole = sha256(), 0, _stored(step)
-    places = _places(step.layout, type_of(step.layout), step.shape)
-    pieces = [(places[name], np.ascontiguousarray(array)) for name, array in tensor.components.items()]
-    for place, piece in (*sorted(pieces, key=lambda p: p[0]), (whole, np.zeros(0, np.uint8))):
-        for raw in (bytes(place - at), piece.reshape(-1).view(np.uint8).data):
-            digest.update(raw)
-            at += file.write(raw)
-    file.write(bytes(aligned(whole, alignment) - whole))
+    digest = sha256()
+    for stored in _stored(step):
+        at = 0
+        for component, place in (*sorted(stored.places.items(), key=lambda item: item[1]), ("", stored.nbytes)):
+            piece = np.ascontiguousarray(tensor.components[component]) if component else np.zeros(0, np.uint8)
+            piece = np.tile(piece, stored.times) if stored.times > 1 else piece
+            with np.errstate(divide="ignore"):
+                piece = np.float32(1) / piece if inverse and component else piece
+            for raw in (bytes(place - at), piece.reshape(-1).view(np.uint8).data):
+                digest.update(raw)
+                at += file.write(raw)
+        file.write(bytes(aligned(at, alignment) - at))
     return digest.hexdigest()
 
 
-def _places(layout: Layout, kind: str, shape: tuple[int, ...]) -> dict[str, int]:
-    """Where a tensor's components begin in its bytes: the first is its blocks, others stand in the tail."""
+def _stored(step: Step) -> tuple[Stored, ...]:
+    """The tensors of the file that hold a step: one, and one more if its scale is a tensor of its own."""
+    kind = type_of(step.layout)
+    known, shape = ggml_types()[kind], step.shape or (1,)  # not every reader takes a tensor without dimensions
+    main = Stored(step.name, kind, shape, known.sizes(step.shape)[0], _places(step.layout, known, step.shape))
+    n = _experts(step.shape)
+    others = _beside(step.layout, known, step.name)
+    return (
+        main,
+        *(Stored(name, "F32", (n,), n * SCALE_BYTES, {component: 0}, n) for component, name in others.items()),
+    )
+
+
+def _experts(shape: tuple[int, ...]) -> int:
+    """How often llama.cpp wants the scale of a tensor: once for each expert of a stack."""
+    return max(1, shape[0]) if len(shape) == 3 else 1
+
+
+def _places(layout: Layout, known: GgmlType | None, shape: tuple[int, ...]) -> dict[str, int]:
+    """Where components begin in a tensor's bytes: the first is its blocks, others stand in the tail if it has one."""
     first, *rest = layout.fit(*matrix(shape)).components
-    known = ggml_types().get(kind)
     places, at = {first.name: 0}, aligned(first.nbytes, known.tail_alignment if known else 1)
-    for c in rest:
+    for c in rest if not known or not known.beside else ():
         places[c.name] = at
         at += c.nbytes
     return places
 
 
-def _stored(step: Step) -> int:
-    """The bytes that a step's tensor takes in the file, before padding to the alignment."""
-    return ggml_types()[type_of(step.layout)].sizes(step.shape)[0]
+def _beside(layout: Layout, known: GgmlType | None, name: str) -> dict[str, str]:
+    """Component -> the tensor of its own that holds it; empty if all are in the tensor `name`."""
+    rest = layout.components[1:] if known and known.beside else ()
+    return {c.name: known.name_beside(name) for c in rest if known}
+
+
+def _alike(scales: Array) -> bool:
+    """Whether all scales in these bytes are the same."""
+    each = scales.reshape(-1, SCALE_BYTES)
+    return bool((each == each[:1]).all())
 
 
 def _header(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> tuple[bytes, int]:
@@ -187,10 +280,9 @@ def _header(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> tuple[bytes,
     except ValueError as error:
         raise PlanError(str(error)) from error
     entries, offset = [], 0
-    for s in plan.steps:
-        # a scalar becomes one weight: not every reader takes a tensor without dimensions
-        entries.append(Entry(s.name, s.shape or (1,), ggml_types()[type_of(s.layout)].ids[0], offset))
-        offset += aligned(_stored(s), alignment)
+    for stored in (stored for s in plan.steps for stored in _stored(s)):
+        entries.append(Entry(stored.name, stored.shape, ggml_types()[stored.kind].ids[0], offset))
+        offset += aligned(stored.nbytes, alignment)
     return header.build(keyvalues, entries, alignment), alignment
 
 
@@ -246,14 +338,19 @@ class GgufSource:
         self._unused = set(read_as)
         try:
             size = os.fstat(self._file.fileno()).st_size
+            self._size = size
             self._head = header.read(path, self._file, size)
             self._records, described = self._own()
             self._rooms = rooms(size, self._head)
             self._types = self._tell_apart()
+            self._entries = {e.name: e for e in self._head.entries}
+            self._places = {e.name: self._head.data + e.offset for e in self._head.entries}
             infos = [self._info(e, described) for e in self._head.entries]
             header.check_places(path, size, self._head, [i.nbytes for i in infos])
+            self._sizes = {i.name: i.nbytes for i in infos}
             self._beside = self._scales_beside(infos)
-            self.index = {i.name: i for i in infos if i.name not in self._beside.values()}
+            taken = {name for names in self._beside.values() for name in names.values()}
+            self.index = {i.name: self._whole(i) for i in infos if i.name not in taken}
             self.undecided = {
                 t.name: t.choices
                 for t in self._types.values()
@@ -264,7 +361,6 @@ class GgufSource:
         except BaseException:
             self.close()
             raise
-        self._places = {e.name: self._head.data + e.offset for e in self._head.entries}
 
     def close(self) -> None:
         self._file.close()
@@ -281,17 +377,22 @@ class GgufSource:
         if info.layout is None:
             why = info.why or "which no layout of packfmt describes"
             raise self._fail(f"{name}: is {info.kind}, {why}", "PF105")
-        raw = self._bytes(name, info.nbytes)
+        others = self._beside.get(name, {})
+        raw = {where: self._bytes(where, self._sizes[where]) for where in (name, *others.values())}
         record = self._records.get(name)
-        if record and sha256(raw.data).hexdigest() != record["sha256"]:
-            raise self._fail(f"{name}: its bytes are not those that were written", "PF109")
+        if record:
+            digest = sha256()
+            for piece in raw.values():
+                digest.update(piece.data)
+            if digest.hexdigest() != record["sha256"]:
+                raise self._fail(f"{name}: its bytes are not those that were written", "PF109")
         components = {}
-        places = _places(info.layout, info.kind, info.shape)
-        for i, c in enumerate(info.layout.fit(*matrix(info.shape)).components):
-            at, data = places[c.name], raw
-            if i and name in self._beside:
-                at, data = 0, self._bytes(self._beside[name], c.nbytes)
-            components[c.name] = data[at : at + c.nbytes].view(dtype_of(c.dtype)).reshape(c.shape)
+        places = _places(info.layout, ggml_types().get(info.kind), info.shape)
+        for c in info.layout.fit(*matrix(info.shape)).components:
+            at, where = (0, others[c.name]) if c.name in others else (places[c.name], name)
+            if c.name in others and not _alike(raw[where]):
+                raise self._fail(f"{name}: is {info.kind}, and {where} beside it has {DIFFERENT}", "PF105")
+            components[c.name] = raw[where][at : at + c.nbytes].view(dtype_of(c.dtype)).reshape(c.shape)
         return PackedTensor(info.layout, info.shape, components, info.dtype)
 
     def _fail(self, what: str, rule: str) -> ContainerError:
@@ -306,8 +407,11 @@ class GgufSource:
             raise self._fail(f"{name}: {got} of {count} bytes; the file shrank while it was read", "PF101")
         return raw
 
-    def _scales_beside(self, infos: list[TensorInfo]) -> dict[str, str]:
-        """Tensors of types with a tail that have none: bitnet.cpp's converter puts their scale into `<name>_scale`.
+    def _scales_beside(self, infos: list[TensorInfo]) -> dict[str, dict[str, str]]:
+        """Tensors whose scale is a tensor of its own -> component -> that tensor.
+
+        Types say so (`GgmlType.beside`); or they have a tail, and a tensor has none: bitnet.cpp's converter
+        puts its scale into `<name>_scale`.
 
         Raises
         ------
@@ -317,13 +421,24 @@ class GgufSource:
         known = {i.name: (i.kind, prod(i.shape)) for i in infos}
         out = {}
         for i in infos:
-            if i.layout is None or i.layout.nbytes(*matrix(i.shape)) <= i.nbytes:
+            if i.layout is None:
                 continue
-            out[i.name] = i.name + "_scale"
-            rest = [c.nbytes for c in i.layout.fit(*matrix(i.shape)).components[1:]]
-            if rest != [4] or known.get(out[i.name]) != ("F32", 1):
-                raise self._fail(f"{i.name}: is {i.kind} without a scale, and no F32 {out[i.name]} beside it", "PF110")
+            others = _beside(i.layout, ggml_types().get(i.kind), i.name)
+            if not others and i.layout.nbytes(*matrix(i.shape)) > i.nbytes:
+                others = {c.name: i.name + "_scale" for c in i.layout.components[1:]}
+                if [c.nbytes for c in i.layout.fit(*matrix(i.shape)).components[1:]] != [SCALE_BYTES]:
+                    raise self._fail(f"{i.name}: is {i.kind} without what stands behind its blocks", "PF110")
+            for other in others.values():
+                if known.get(other) not in (("F32", 1), ("F32", _experts(i.shape))):
+                    raise self._fail(f"{i.name}: is {i.kind} without a scale, and no F32 {other} beside it", "PF110")
+            if others:
+                out[i.name] = others
         return out
+
+    def _whole(self, info: TensorInfo) -> TensorInfo:
+        """The same, with the bytes of all tensors that hold it."""
+        others = self._beside.get(info.name, {}).values()
+        return replace(info, nbytes=info.nbytes + sum(self._sizes[name] for name in others)) if others else info
 
     def _tell_apart(self) -> dict[int, GgmlType | None]:
         """What each id means in this file, None if nobody knows it.
@@ -418,15 +533,36 @@ class GgufSource:
         if known is None:
             return self._unknown(e, kind, layout)
         nbytes = self._nbytes(e, known)
-        if layout is None and not known.why:
+        why = ""
+        if layout is None and known.beside:
+            layout, why = self._told_by_scale(e, known)
+        elif layout is None and known.why:
+            why = known.must_choose()
+        elif layout is None:
             layout = self._layouts(NAME, kind)
-        why = known.must_choose() if layout is None and known.why else ""
         if kind in ROTATED and any(key.startswith(HADAMARD) for key in self._head.keyvalues):
             why = f"and {HADAMARD} in the file says that its columns are rotated, which packfmt does not undo"
         if why:
             return TensorInfo(e.name, e.shape, "float32", None, kind, self.path, nbytes, why)
         own = dtype_of(layout.components[0].cell[0].dtype).name if layout and kind in DENSE_OF else "float32"  # type: ignore[union-attr]
         return self._checked(TensorInfo(e.name, e.shape, own, layout, kind, self.path, nbytes))
+
+    def _told_by_scale(self, e: Entry, known: GgmlType) -> tuple[Layout | None, str]:
+        """The layout of a tensor whose scale may be a tensor of its own; or None, and why."""
+        found = self._entries.get(known.name_beside(e.name))
+        if found is None:
+            return self._layouts("packfmt", known.alone), ""
+        count, number = prod(found.shape), ggml_types()["F32"].ids[0]
+        if found.type != number or count not in (1, _experts(e.shape)) or count > MOST_EXPERTS:
+            need = " or ".join(map(str, dict.fromkeys((1, _experts(e.shape)))))
+            return (
+                None,
+                f"and {found.name} beside it is {list(found.shape)} of ggml type {found.type}, needs {need} F32",
+            )
+        inside = self._places[found.name] + count * SCALE_BYTES <= self._size  # if not, `check_places` says so
+        if inside and not _alike(self._bytes(found.name, count * SCALE_BYTES)):
+            return None, f"and {found.name} beside it has {DIFFERENT}"
+        return self._layouts("packfmt", known.scaled), ""
 
     def _unknown(self, e: Entry, kind: str, layout: Layout | None) -> TensorInfo:
         """A tensor whose type nobody knows: it is shown, with the bytes that it has room for."""

@@ -6,6 +6,8 @@ than its type needs: that tells them apart (`among`).
 
 Some types have the same id and size for several orders of bytes. Nothing in a file tells those apart: the
 user does, or the model that the file was made from.
+
+A scale of the whole tensor stands behind the blocks (`tails`), or is a tensor of its own (`beside`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Final
 
 from packfmt.codec import matrix
 from packfmt.exporters.gguf_header import Header, aligned
+
+WEIGHT = ".weight"  # what most tensors' names end in, and a scale's beside them does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,9 @@ class GgmlType:
     choices: tuple[str, ...] = ()  # layouts that its bytes may have; readers elsewhere expect the first
     why: str = ""  # why the file alone does not say which of them
     instead: str = ""  # layouts that can hold the same numbers, where the first of `choices` cannot
+    beside: str = ""  # what the name of a tensor of its own ends in, which holds one scale; empty: scales have a tail
+    alone: str = ""  # the layout of a tensor without such a scale
+    scaled: str = ""  # and with it
     source: str = ""
 
     def blocks(self, shape: tuple[int, ...]) -> int | None:
@@ -61,6 +68,10 @@ class GgmlType:
         full = aligned(room, alignment)
         return next((n for n in self.sizes(shape) if n <= room and aligned(n, alignment) == full), None)
 
+    def name_beside(self, name: str) -> str:
+        """What the tensor is called that holds the scale of the tensor `name`."""
+        return name.removesuffix(WEIGHT) + self.beside
+
     def must_choose(self) -> str:
         """What a reader must be told, in words."""
         which = " or ".join(f"--read-as {self.name}={name}" for name in self.choices)
@@ -82,6 +93,10 @@ REVISIONS = "two revisions have this type and size: quads 16 columns apart (sher
 MACHINES = "x86 and ARM builds order its codes differently"
 
 OTHERS: Final = (
+    GgmlType(
+        "NVFP4", (40,), 64, 36, beside=".scale", alone="nvfp4_plain", scaled="nvfp4",
+        source="ggml d99724f2, src/ggml-common.h block_nvfp4; llama.cpp 00bd27a6, conversion/base.py _repack_nvfp4",
+    ),
     GgmlType("Q2_0", (42,), 64, 18, source="ggml d99724f2, include/ggml.h, src/ggml-common.h block_q2_0"),
     # 43 first: mainline gave 42 to Q2_0 after the first STQ1_0 files were published
     GgmlType(

@@ -9,35 +9,32 @@ says which layout each tensor has, describes the layouts in full, and holds a SH
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from hashlib import sha256
-from itertools import groupby
-from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
 from packfmt.codec import Array, PackedTensor, dense_dtype, matrix
 from packfmt.errors import ContainerError, LayoutError, PlanError
-from packfmt.exporters import Extras, KeyValue, Layouts
+from packfmt.exporters import Extras, Layouts, beside
 from packfmt.exporters import safetensors_header as header
-from packfmt.exporters.safetensors_header import DTYPES, NAME_OF, Entry, Header
+from packfmt.exporters.beside import INDEX, SUFFIX, check_exhausted, check_step
+from packfmt.exporters.safetensors_header import DTYPES, NAME_OF, Entry, Header, name_refusal
 from packfmt.exporters.whole import Check, whole_file, whole_folder
 from packfmt.layout import DENSE, Layout, dtype_of, itemsize
 from packfmt.plan import Plan, Step, TensorInfo
 
+if TYPE_CHECKING:
+    from packfmt.exporters.folder import Weight
+
+__all__ = ["NAME", "extras_refusal", "name_refusal", "open", "plan_refusal", "refusal", "write"]
+
 NAME = "safetensors"
-SUFFIX = ".safetensors"
 VERSION = 1
-SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
 DENSE_OF = {c.components[0].cell[0].dtype: c for c in DENSE.values()}  # type: ignore[union-attr]
-FOREIGN = "U8 with a scale"  # what a tensor of Hugging Face's BitNet is stored as
-BITNET, SCALE, LINEAR = "bitnet", "_scale", "bitlinear"  # Hugging Face's: method, suffix of a scale, default class
 NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 UNKNOWN_LENGTH = 1 << 53  # stands for a stream's end while its header's length is reckoned
 
@@ -45,13 +42,6 @@ UNKNOWN_LENGTH = 1 << 53  # stands for a stream's end while its header's length 
 def refusal(layout: Layout, shape: tuple[int, ...]) -> str:
     """safetensors holds every layout there is."""
     return ""
-
-
-def name_refusal(name: str) -> str:
-    """Why no tensor can bear this name; empty if one can."""
-    if name == "__metadata__":
-        return f"the name {name!r}, which the format keeps for itself"
-    return "" if name and name.isprintable() else f"the name {name!r}, needs one that can be printed"
 
 
 def plan_refusal(steps: tuple[Step, ...]) -> str:
@@ -90,30 +80,21 @@ def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extra
     if path.suffix == SUFFIX:
         with whole_file(path, check) as file:
             _write_tensors(file, plan.steps, stream)
-            _check_exhausted(plan, stream)
+            check_exhausted(plan, stream)
         return
     with whole_folder(path, check) as folder:
-        places: dict[str, str] = {}
-        for name, group in groupby(plan.steps, key=lambda step: step.file or SINGLE):
-            steps = tuple(group)
-            with whole_file(folder / name) as file:
-                entries = _write_tensors(file, steps, stream)
-            places |= dict.fromkeys(entries, name)
-        _check_exhausted(plan, stream)
-        if set(places.values()) != {SINGLE}:
-            total = sum((folder / name).stat().st_size for name in set(places.values()))
-            _dump(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        beside.write_files(folder, plan, stream, _write_tensors)
         packed = sorted({s.layout.name for s in plan.steps if not dense_dtype(s.layout)})
         says = {"quant_method": "packfmt", "version": VERSION, "layouts": packed} if packed else None
-        write_extras(folder, extras, says)
+        beside.write_extras(folder, extras, says)
 
 
-def _write_tensors(file: BinaryIO, steps: tuple[Step, ...], tensors: Iterator[PackedTensor]) -> dict[str, Entry]:
-    """All tensors of one file, then its header, for which room was left."""
+def _write_tensors(file: BinaryIO, steps: tuple[Step, ...], tensors: Iterator[PackedTensor]) -> tuple[str, ...]:
+    """All tensors of one file, then its header, for which room was left; the tensors' names."""
     writing = _Writing(file, steps)
     for step in steps:
-        writing.add(step, next(tensors, None))
-    return writing.finish()
+        writing.add(step, check_step(step, next(tensors, None)))
+    return tuple(writing.finish())
 
 
 class _Writing:
@@ -128,10 +109,7 @@ class _Writing:
         self.room = len(text)
         self.end = max((e.end for e in self.entries.values() if e.end < UNKNOWN_LENGTH), default=0)
 
-    def add(self, step: Step, tensor: PackedTensor | None) -> None:
-        if tensor is None or (tensor.layout, tensor.shape) != (step.layout, step.shape):
-            got = "nothing" if tensor is None else f"{tensor.layout.name} {tensor.shape}"
-            raise PlanError(f"{step.name}: got {got}, planned {step.layout.name} {step.shape}")
+    def add(self, step: Step, tensor: PackedTensor) -> None:
         self.sums[step.name] = {}
         for component, name in _files_of(step).items():
             data = np.ascontiguousarray(tensor.components[component]).reshape(-1).view(np.uint8).data
@@ -150,11 +128,6 @@ class _Writing:
         return entries
 
 
-def _check_exhausted(plan: Plan, tensors: Iterator[PackedTensor]) -> None:
-    if next(tensors, None) is not None:
-        raise PlanError(f"more tensors than the {len(plan.steps)} planned")
-
-
 def _files_of(step: Step) -> dict[str, str]:
     """Component -> its tensor's name in the file."""
     if dense_dtype(step.layout):
@@ -167,24 +140,20 @@ def _header(
 ) -> tuple[dict[str, Entry], bytes]:
     """Entries in file order, and the JSON text, padded to a multiple of 8.
 
-    Wide elements come first, so that every tensor starts at a multiple of its element's size; streams,
-    whose length is data, come last in the order of the steps.
+    Streams, whose length is data, come last in the order of the steps.
     """
     found: list[tuple[str, str, tuple[int, ...]]] = []
     streams: list[tuple[str, str]] = []
     for step in steps:
         names = _files_of(step)
         if dense_dtype(step.layout):
-            found.append((step.name, step.layout.components[0].cell[0].dtype, step.shape))  # type: ignore[union-attr]
+            dtype = step.layout.components[0].cell[0].dtype  # type: ignore[union-attr]
+            found.append((step.name, NAME_OF[dtype], step.shape))
             continue
         for c in step.layout.fit(*matrix(step.shape)).components:
-            found.append((names[c.name], c.dtype, c.shape))
+            found.append((names[c.name], NAME_OF[c.dtype], c.shape))
         streams += [(names[s.name], s.dtype) for s in step.layout.streams]
-    entries, at = {}, 0
-    for name, dtype, shape in sorted(found, key=lambda item: -itemsize(item[1])):
-        end = at + prod(shape) * itemsize(dtype)
-        entries[name] = Entry(NAME_OF[dtype], shape, at, end)
-        at = end
+    entries, at = header.lay(found)
     for name, dtype in streams:
         begin = at if lengths else UNKNOWN_LENGTH
         end = begin + lengths.get(name, UNKNOWN_LENGTH)
@@ -209,28 +178,7 @@ def _describe(steps: tuple[Step, ...], sums: Mapping[str, Mapping[str, str]]) ->
     return {"version": VERSION, "tensors": tensors, "layouts": {s.layout.id: s.layout.to_json() for s in steps}}
 
 
-def write_extras(folder: Path, extras: Extras, quantised: dict[str, Any] | None) -> None:
-    """Side files, and config.json with `quantised` as its `quantization_config`."""
-    for name, source in extras.files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
-    if extras.config is not None:
-        config = {k: v for k, v in extras.config.items() if k != "quantization_config"}
-        if quantised:
-            config["quantization_config"] = quantised
-        _dump(folder / CONFIG, config)
-    if extras.keyvalues:
-        _dump(folder / KEYVALUES, {k: {"type": v.kind, "value": v.value} for k, v in extras.keyvalues.items()})
-
-
-def _dump(path: Path, data: Any) -> None:
-    with whole_file(path) as file:
-        file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
-
-
 # ---------------------------------------------------------------- reading
-
-KEYVALUES = "gguf_keyvalues.json"  # a GGUF's metadata, so that it can become a GGUF again
 
 
 class SafetensorsSource:
@@ -245,19 +193,14 @@ class SafetensorsSource:
         self.index: dict[str, TensorInfo] = {}
         self._files: dict[Path, tuple[BinaryIO, Header]] = {}
         self._records: dict[str, dict[str, Any]] = {}
-        self._scales: dict[str, Path] = {}  # of BitNet's tensors -> the file of their scale
+        self._packed: dict[str, Weight] = {}  # weights of other ecosystems
         try:
-            weight_map = _weight_map(path)
-            for file in _files(path, weight_map):
+            weight_map = beside.read_weight_map(path)
+            for file in beside.weight_files(path, weight_map):
                 self._add(file)
             self._check_index(path, weight_map)
-        except BaseException:
-            self.close()
-            raise
-        self.extras = _read_extras(path) if path.is_dir() else Extras()
-        try:
-            if layout := self._bitnet_layout(read_as):
-                self._find_bitnet(layout)
+            self.extras = beside.read_extras(path) if path.is_dir() else Extras()
+            self._find_weights(read_as)
         except BaseException:
             self.close()
             raise
@@ -289,43 +232,32 @@ class SafetensorsSource:
         dtype = dtype_of(DTYPES[e.dtype]).name if layout else e.dtype
         return TensorInfo(name, e.shape, dtype, layout, e.dtype, path, e.end - e.begin)
 
-    def _bitnet_layout(self, read_as: Mapping[str, str]) -> Layout | None:
-        """What Hugging Face's BitNet has in its uint8 tensors, by config.json or as the user says; None elsewhere."""
-        asked: Layout | None = None
-        for kind, name in read_as.items():
-            asked = self._layouts("packfmt", name)
-            if kind != "U8" or asked is None or not dict(asked.also).get(BITNET):
-                raise PlanError(
-                    f"--read-as {kind}={name}: of safetensors only U8 can mean a layout, bitnet or bitnet_divide"
-                )
-        if asked is not None:
-            return asked
-        says = (self.extras.config or {}).get("quantization_config")
-        if not isinstance(says, dict) or says.get("quant_method") != BITNET:
-            return None
-        linear = says.get("linear_class", LINEAR)
-        layout = self._layouts(BITNET, linear) if isinstance(linear, str) else None
-        if layout is None:
-            raise ContainerError(
-                f"{self.path / CONFIG}: linear_class is {linear!r}, needs bitlinear or autobitlinear", "PF102"
-            )
-        return layout
+    def _find_weights(self, read_as: Mapping[str, str]) -> None:
+        """Take the tensors that make up a weight, by config.json or as the user says, for that weight."""
+        from packfmt.exporters import bitnet, folder
 
-    def _find_bitnet(self, layout: Layout) -> None:
-        """Take each uint8 matrix and the scale beside it for one tensor, of four times as many rows."""
-        for name, info in list(self.index.items()):
-            scale = self.index.get(name + SCALE)
-            if info.layout != DENSE["u8"] or len(info.shape) != 2 or scale is None:
+        config = self.extras.config
+        asked = bitnet.asked(read_as, self._layouts)
+        told = (bitnet.DIALECT, asked) if asked else folder.told(self.path, config)
+        if told is None:
+            return
+        tensors = {name: info for name, info in self.index.items() if name not in self._records}
+        taken: dict[str, TensorInfo | None] = {}  # stored tensor -> what stands in its place
+        before = folder.dtype_before(config)
+        for found in folder.weights(self.path, *told, tensors, self._array, self._layouts, before):
+            if isinstance(found, TensorInfo):
+                taken[found.name] = found
                 continue
-            if scale.layout != DENSE["bf16"] or prod(scale.shape) != 1:
-                why = f"whose scale is {scale.kind} {list(scale.shape)}, and only one BF16 number is read"
-                self.index[name] = replace(info, layout=None, why=why)
-                continue
-            rows, cols = info.shape
-            shape, nbytes = (4 * rows, cols), info.nbytes + scale.nbytes
-            self.index[name] = TensorInfo(name, shape, "bfloat16", layout, FOREIGN, info.file, nbytes)
-            self._scales[name] = scale.file
-            del self.index[scale.name]
+            first, *others = [t.name for t in found.stored.values()]
+            self._packed[found.info.name] = found
+            taken |= dict.fromkeys([*others, *found.constants]) | {first: found.info}
+        index: dict[str, TensorInfo] = {}
+        for name, info in self.index.items():
+            if now := taken.get(name, info):
+                if now.name in index:
+                    self.problems.append(ContainerError(f"{now.file}: {now.name} is stored twice", "PF104"))
+                index[now.name] = now
+        self.index = index
 
     def _described(self, path: Path, found: Header) -> dict[str, TensorInfo]:
         """What packfmt's own metadata says, each claim checked against the entries."""
@@ -386,8 +318,6 @@ class SafetensorsSource:
     def _names(self, info: TensorInfo) -> dict[str, str]:
         if info.layout is None or dense_dtype(info.layout):
             return {"values": info.name}
-        if info.name in self._scales:
-            return {"weight": info.name, "weight_scale": info.name + SCALE}
         return {c.name: f"{info.name}.{c.name}" for c in info.layout.components}
 
     def _check_components(self, info: TensorInfo, found: Header) -> None:
@@ -418,29 +348,49 @@ class SafetensorsSource:
         if info.layout is None:
             why = info.why or "which no layout of packfmt describes"
             raise ContainerError(f"{info.file}: {name} is {info.kind}, {why}", "PF105")
+        if name in self._packed:
+            return self._weight(self._packed[name], info.layout)
         sums = self._records.get(name, {}).get("sha256", {})
         components = {}
         for component, stored in self._names(info).items():
-            where = self._scales[name] if stored != name and name in self._scales else info.file
-            array = _read_array(where, *self._files[where], stored)
+            array = _read_array(info.file, *self._files[info.file], stored)
             if component in sums and sha256(array.reshape(-1).view(np.uint8).data).hexdigest() != sums[component]:
                 raise ContainerError(
                     f"{info.file}: {name}: the bytes of {component!r} are not those that were written", "PF109"
                 )
             components[component] = array
-        if dense_dtype(info.layout) or name in self._scales:
+        if dense_dtype(info.layout):
             shapes = info.layout.shapes(*matrix(info.shape))
             components = {c: array.reshape(shapes[c]) for c, array in components.items()}
         return PackedTensor(info.layout, info.shape, components, info.dtype)
 
+    def _weight(self, weight: Weight, layout: Layout) -> PackedTensor:
+        """A weight of another ecosystem's, whose components may lie in several files."""
+        components = {}
+        for c in layout.fit(*matrix(weight.info.shape)).components:
+            stored = weight.stored[c.name]
+            raw = _read_bytes(stored.file, *self._files[stored.file], stored.name)
+            components[c.name] = raw.view(dtype_of(c.dtype)).reshape(c.shape)
+        return PackedTensor(layout, weight.info.shape, components, weight.info.dtype)
+
+    def _array(self, name: str) -> Array:
+        """A stored tensor, of a dtype that NumPy has."""
+        file = self.index[name].file
+        return _read_array(file, *self._files[file], name)
+
 
 def _read_array(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
+    e = found.entries[name]
+    return _read_bytes(path, file, found, name).view(dtype_of(DTYPES[e.dtype])).reshape(e.shape)
+
+
+def _read_bytes(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
     e = found.entries[name]
     raw = np.empty(e.end - e.begin, np.uint8)
     file.seek(found.data + e.begin)
     if (got := file.readinto(raw.data)) != len(raw):  # type: ignore[attr-defined]
         raise ContainerError(f"{path}: {name}: {got} of {len(raw)} bytes; the file shrank while it was read", "PF101")
-    return raw.view(dtype_of(DTYPES[e.dtype])).reshape(e.shape)
+    return raw
 
 
 def open(path: Path, layouts: Layouts, read_as: Mapping[str, str] = NOTHING) -> SafetensorsSource:
@@ -458,71 +408,3 @@ def open(path: Path, layouts: Layouts, read_as: Mapping[str, str] = NOTHING) -> 
         source.close()
         raise source.problems[0]
     return source
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor -> file, as a folder's index has it; empty without one."""
-    if not path.is_dir() or not (path / INDEX).exists():
-        return {}
-    data = read_json(path / INDEX)
-    found = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise ContainerError(f"{path / INDEX}: no weight_map of names", "PF102")
-    for name in set(found.values()):
-        if Path(name).name != name or not (path / name).is_file():
-            raise ContainerError(f"{path / INDEX}: names {name!r}, which is not in the folder", "PF110")
-    return found
-
-
-def _files(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
-    """The safetensors files of a model: those of its index, or the only one there is."""
-    if not path.is_dir():
-        return [path]
-    if weight_map:
-        return [path / name for name in sorted(set(weight_map.values()))]
-    found = sorted(path.glob("*" + SUFFIX))
-    if len(found) > 1 and (path / SINGLE) in found:
-        found = [path / SINGLE]
-    if len(found) > 1:
-        names = ", ".join(f.name for f in found[:4])
-        raise ContainerError(f"{path}: {len(found)} safetensors files and no {INDEX}: {names}; name one", "PF100")
-    if not found:
-        raise ContainerError(f"{path}: no safetensors file in this folder", "PF100")
-    return found
-
-
-def _read_extras(path: Path) -> Extras:
-    config = read_json(path / CONFIG) if (path / CONFIG).exists() else None
-    if config is not None and not isinstance(config, dict):
-        raise ContainerError(f"{path / CONFIG}: not a record", "PF102")
-    files = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file() and _carried(f, path)}
-    return Extras(config, files, read_keyvalues(path / KEYVALUES) if (path / KEYVALUES).exists() else {})
-
-
-def _carried(file: Path, folder: Path) -> bool:
-    """Whether a file goes along as it is: all but the weights, what is written anew, and hidden files.
-
-    A safetensors file in a folder below holds another module's few weights (2_Dense of sentence-transformers).
-    """
-    name = file.relative_to(folder)
-    hidden = any(part.startswith(".") and part != ".gitattributes" for part in name.parts)
-    below = len(name.parts) > 1
-    weights = file.suffix in WEIGHTS and not (below and file.suffix == SUFFIX)
-    return not hidden and not weights and (below or file.name not in (CONFIG, INDEX, KEYVALUES))
-
-
-def read_json(path: Path) -> Any:
-    """The data of a JSON file beside the weights."""
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ContainerError(f"{path}: not JSON: {error}", "PF102") from error
-
-
-def read_keyvalues(path: Path) -> dict[str, KeyValue]:
-    """A GGUF's metadata, as `write` stored them beside the weights."""
-    data = read_json(path)
-    try:
-        return {k: KeyValue(str(v["type"]), v["value"]) for k, v in data.items()}
-    except (AttributeError, TypeError, KeyError) as error:
-        raise ContainerError(f"{path}: not a record of type and value: {error}", "PF102") from error

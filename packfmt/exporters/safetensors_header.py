@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -140,6 +141,26 @@ def _check_tiling(path: Path, entries: dict[str, Entry], size: int) -> None:
         raise ContainerError(f"{path}: {size} bytes of tensors, the header needs {at}; truncated", "PF101")
     if at < size:
         raise ContainerError(f"{path}: {size - at} bytes after the last tensor belong to nothing", "PF108")
+
+
+def name_refusal(name: str) -> str:
+    """Why no tensor can bear this name; empty if one can."""
+    if name == "__metadata__":
+        return f"the name {name!r}, which the format keeps for itself"
+    return "" if name and name.isprintable() else f"the name {name!r}, needs one that can be printed"
+
+
+def lay(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[dict[str, Entry], int]:
+    """Entries of (name, dtype as the file names it, shape) in file order, and where the last ends.
+
+    Wide elements come first, so that every tensor starts at a multiple of its element's size.
+    """
+    entries, at = {}, 0
+    for name, dtype, shape in sorted(tensors, key=lambda item: -element_bits(item[1])):
+        end = at + prod(shape) * element_bits(dtype) // 8
+        entries[name] = Entry(dtype, shape, at, end)
+        at = end
+    return entries, at
 
 
 def text(entries: dict[str, Entry], metadata: dict[str, str]) -> bytes:

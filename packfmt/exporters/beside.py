@@ -1,0 +1,152 @@
+"""A folder in Hugging Face's form: its files and their index, config.json, and what else goes along."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from packfmt.codec import PackedTensor
+from packfmt.errors import ContainerError, PlanError
+from packfmt.exporters import SIGNS, Extras, KeyValue
+from packfmt.exporters.whole import whole_file
+from packfmt.plan import Plan, Step
+
+SUFFIX = ".safetensors"
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+KEYVALUES = "gguf_keyvalues.json"  # a GGUF's metadata, so that it can become a GGUF again
+QUANTISED = "quantization_config"  # the key of config.json
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
+WriteFile = Callable[[BinaryIO, tuple[Step, ...], Iterator[PackedTensor]], tuple[str, ...]]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_files(folder: Path, plan: Plan, tensors: Iterator[PackedTensor], write_file: WriteFile) -> None:
+    """The safetensors files that the steps name, and an index if they name several.
+
+    `write_file` writes one and gives the names of the tensors in it.
+
+    Raises
+    ------
+    PlanError
+        If there are more tensors than steps.
+    """
+    places: dict[str, str] = {}
+    for name, group in groupby(plan.steps, key=lambda step: step.file or SINGLE):
+        with whole_file(folder / name) as file:
+            places |= dict.fromkeys(write_file(file, tuple(group), tensors), name)
+    check_exhausted(plan, tensors)
+    if set(places.values()) != {SINGLE}:
+        total = sum((folder / name).stat().st_size for name in set(places.values()))
+        dump(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def check_exhausted(plan: Plan, tensors: Iterator[PackedTensor]) -> None:
+    """Refuse tensors that no step announced."""
+    if next(tensors, None) is not None:
+        raise PlanError(f"more tensors than the {len(plan.steps)} planned")
+
+
+def check_step(step: Step, tensor: PackedTensor | None) -> PackedTensor:
+    """The tensor, if it is the one that the step announced."""
+    if tensor is None or (tensor.layout, tensor.shape) != (step.layout, step.shape):
+        got = "nothing" if tensor is None else f"{tensor.layout.name} {tensor.shape}"
+        raise PlanError(f"{step.name}: got {got}, planned {step.layout.name} {step.shape}")
+    return tensor
+
+
+def write_extras(folder: Path, extras: Extras, quantised: Mapping[str, Any] | None) -> None:
+    """Side files, and config.json with `quantised` as its `quantization_config`."""
+    for name, source in extras.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    if extras.config is not None:
+        config = {k: v for k, v in extras.config.items() if k != QUANTISED}
+        if quantised:
+            config[QUANTISED] = dict(quantised)
+        dump(folder / CONFIG, config)
+    if extras.keyvalues:
+        dump(folder / KEYVALUES, {k: {"type": v.kind, "value": v.value} for k, v in extras.keyvalues.items()})
+
+
+def dump(path: Path, data: Any) -> None:
+    """Write a JSON file."""
+    with whole_file(path) as file:
+        file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file, as a folder's index has it; empty without one."""
+    if not path.is_dir() or not (path / INDEX).exists():
+        return {}
+    data = read_json(path / INDEX)
+    found = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ContainerError(f"{path / INDEX}: no weight_map of names", "PF102")
+    for name in set(found.values()):
+        if Path(name).name != name or not (path / name).is_file():
+            raise ContainerError(f"{path / INDEX}: names {name!r}, which is not in the folder", "PF110")
+    return found
+
+
+def weight_files(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    """The safetensors files of a model: those of its index, or the only one there is."""
+    if not path.is_dir():
+        return [path]
+    if weight_map:
+        return [path / name for name in sorted(set(weight_map.values()))]
+    found = sorted(path.glob("*" + SUFFIX))
+    if len(found) > 1 and (path / SINGLE) in found:
+        found = [path / SINGLE]
+    if len(found) > 1:
+        names = ", ".join(f.name for f in found[:4])
+        raise ContainerError(f"{path}: {len(found)} safetensors files and no {INDEX}: {names}; name one", "PF100")
+    if not found:
+        raise ContainerError(f"{path}: no safetensors file in this folder", "PF100")
+    return found
+
+
+def read_extras(path: Path) -> Extras:
+    """What a folder has beside its tensors."""
+    config = read_json(path / CONFIG) if (path / CONFIG).exists() else None
+    if config is not None and not isinstance(config, dict):
+        raise ContainerError(f"{path / CONFIG}: not a record", "PF102")
+    files = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file() and _carried(f, path)}
+    return Extras(config, files, read_keyvalues(path / KEYVALUES) if (path / KEYVALUES).exists() else {})
+
+
+def _carried(file: Path, folder: Path) -> bool:
+    """Whether a file goes along as it is: all but the weights, what is written anew, and hidden files.
+
+    A safetensors file in a folder below holds another module's few weights (2_Dense of sentence-transformers).
+    """
+    name = file.relative_to(folder)
+    hidden = any(part.startswith(".") and part != ".gitattributes" for part in name.parts)
+    below = len(name.parts) > 1
+    weights = file.suffix in WEIGHTS and not (below and file.suffix == SUFFIX)
+    return not hidden and not weights and (below or file.name not in (CONFIG, INDEX, KEYVALUES, *SIGNS))
+
+
+def read_json(path: Path) -> Any:
+    """The data of a JSON file beside the weights."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ContainerError(f"{path}: not JSON: {error}", "PF102") from error
+
+
+def read_keyvalues(path: Path) -> dict[str, KeyValue]:
+    """A GGUF's metadata, as `write_extras` stored them beside the weights."""
+    data = read_json(path)
+    try:
+        return {k: KeyValue(str(v["type"]), v["value"]) for k, v in data.items()}
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ContainerError(f"{path}: not a record of type and value: {error}", "PF102") from error
