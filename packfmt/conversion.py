@@ -69,7 +69,7 @@ def convert(
     overrides : regular expression -> layout or "keep"; later ones win
     fallback : layout of the weights whose columns do not fill the blocks of `to`
     encoder : a name of the layout's encoders; the default is its first
-    container : "safetensors" or "gguf", where the target's suffix does not say
+    container : what the target is for, where its suffix does not say: a name of `exporters.NAMES`
     max_shard : bytes of tensors a file of a safetensors folder
     check : read everything back and check the laws before the target gets its name
     force : replace a target that exists

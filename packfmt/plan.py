@@ -374,7 +374,7 @@ def _misfit(layout: Layout, shape: tuple[int, ...]) -> tuple[int, str, int] | No
 
 def _shards(steps: tuple[Step, ...], most: int, container: str) -> tuple[Step, ...]:
     """Cut the steps into files of at most `most` bytes, in order; a larger tensor has a file of its own."""
-    if container != "safetensors" or sum(s.nbytes for s in steps) <= most:
+    if container == "gguf" or sum(s.nbytes for s in steps) <= most:
         return steps
     number, room, numbers = 1, most, []
     for s in steps:
@@ -420,7 +420,7 @@ def _check_files(steps: tuple[Step, ...], container: str) -> None:
     done: list[str] = []
     for s in steps:
         named = re.fullmatch(r"[\w.-]+\.safetensors", s.file) and not s.file.startswith(".")
-        if s.file and not (named and container == "safetensors"):
+        if s.file and not (named and container != "gguf"):
             raise PlanError(f"{s.name}: in the file {s.file!r}, needs a plain name that ends in .safetensors")
         if s.file in done[:-1]:
             raise PlanError(

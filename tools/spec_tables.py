@@ -64,7 +64,9 @@ def formulas(layout: Layout) -> dict[str, list[str]]:
     rows, cols = (64 * lcm(n, pad) for n in layout.block.values())
     plus = max(a.plus for a in layout.axes)
     fitted = [layout.fit(*shape).components for shape in ((rows, cols), (2 * rows, cols), (rows, 2 * cols))]
-    sides = {"cols": (cols, Fraction(2)), f"(cols + {plus})": (cols + plus, Fraction(2 * cols + plus, cols + plus))}
+    sides = {"cols": (cols, Fraction(2))}
+    if plus:
+        sides[f"(cols + {plus})"] = (cols + plus, Fraction(2 * cols + plus, cols + plus))
     ragged = {c.name for c in layout.components if isinstance(c, Component) and c.ragged}
     out = {}
     for one in zip(*fitted, strict=True):

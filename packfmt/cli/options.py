@@ -35,11 +35,12 @@ Encoder = Annotated[
     str, typer.Option("--encoder", metavar="NAME", help="how to choose the codes; default: the layout's first")
 ]
 Export = Annotated[
-    str, typer.Option("--export", metavar="CONTAINER", help="safetensors or gguf, where DST's suffix does not say")
+    str,
+    typer.Option(
+        "--export", metavar="CONTAINER", help="what DST is for: safetensors, gguf, compressed-tensors, modelopt ..."
+    ),
 ]
-Shard = Annotated[
-    str, typer.Option("--max-shard-size", metavar="SIZE", help="largest file of a safetensors folder: 5GB, 500MB")
-]
+Shard = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="largest file of a folder: 5GB, 500MB")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 Force = Annotated[bool, typer.Option("--force", help="replace DST if it exists")]
 Saved = Annotated[

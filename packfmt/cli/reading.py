@@ -16,6 +16,12 @@ from packfmt.cli import FAILED, FOUND, GOOD
 from packfmt.cli.options import Base, Json, ReadAs, Source, app, read_as_of
 
 
+def _containers(names: list[str]) -> str:
+    from packfmt import exporters
+
+    return "any" if tuple(names) == exporters.NAMES else ", ".join(names).replace("_", "-")
+
+
 @app.command()
 def formats(json: Json = False) -> int:
     """List every layout. Bits per weight, block, which containers hold it."""
@@ -27,8 +33,13 @@ def formats(json: Json = False) -> int:
         codec = codecs.get(name)
         layout, block = codec.layout, codec.layout.block
         shape = (block["rows"], block["cols"])
-        several = (32 * block["rows"], block["cols"])  # for some containers want more rows than a block has
-        holds = [c for c in exporters.NAMES if not exporters.get(c).refusal(layout, several)]
+        # some containers want more rows than a block has, or a stack of experts
+        several = (32 * block["rows"], block["cols"])
+        holds = [
+            c
+            for c in exporters.NAMES
+            if not all(exporters.get(c).refusal(layout, shape) for shape in (several, (2, *several)))
+        ]
         rows.append(
             {
                 "layout": name,
@@ -47,8 +58,8 @@ def formats(json: Json = False) -> int:
         show.table(
             ("layout", "bits/weight", "block", "containers", "encoders", "what it is"),
             [
-                (r["layout"], f"{r['bits_per_weight']:.6g}", show.shape(tuple(r["block"])), ", ".join(r["containers"]),
-                 ", ".join(r["encoders"]), r["purpose"])
+                (r["layout"], f"{r['bits_per_weight']:.6g}", show.shape(tuple(r["block"])),
+                 _containers(r["containers"]), ", ".join(r["encoders"]), r["purpose"])
                 for r in rows
             ],
         )  # fmt: skip
