@@ -59,12 +59,16 @@ class TensorInfo:
 
 
 class Holder(Protocol):
-    """What a plan asks of a container: why it cannot hold a tensor, a name, or all together; empty if it can."""
+    """What a plan asks of a container: why it cannot hold a tensor, a name, or all together; empty if it can.
+
+    And why a dense weight stays dense there unless a rule says otherwise.
+    """
 
     NAME: str
 
     def refusal(self, layout: Layout, shape: tuple[int, ...]) -> str: ...
     def name_refusal(self, name: str) -> str: ...
+    def leaves(self, name: str, shape: tuple[int, ...]) -> str: ...
     def plan_refusal(self, steps: tuple[Step, ...]) -> str: ...
 
 
@@ -244,7 +248,7 @@ def _step(
     if info.layout is None:
         why = info.why or "which no layout of packfmt describes; convert it with the tool that made it"
         raise PlanError(f"stored as {info.kind}, {why}")
-    target, reason = _choose(info, recipe, rules)
+    target, reason = _choose(info, recipe, rules, container)
     if target != KEEP and info.name + "_scale_inv" in index:
         raise PlanError("has a weight_scale_inv beside it, so its numbers alone are not the weight; not read yet")
     if recipe.to != KEEP and info.dtype == "uint8" and info.layout == DENSE["u8"] and info.name + "_scale" in index:
@@ -319,7 +323,9 @@ def _inexact(info: TensorInfo, layout: Layout) -> str:
     return why or f"only so if {exact_if(info.layout, layout, info.shape)}"
 
 
-def _choose(info: TensorInfo, recipe: Recipe, rules: list[tuple[re.Pattern[str], str]]) -> tuple[str, str]:
+def _choose(
+    info: TensorInfo, recipe: Recipe, rules: list[tuple[re.Pattern[str], str]], container: Holder
+) -> tuple[str, str]:
     """The target and the rule that chose it."""
     assert info.layout is not None
     dtype = dense_dtype(info.layout)
@@ -330,7 +336,7 @@ def _choose(info: TensorInfo, recipe: Recipe, rules: list[tuple[re.Pattern[str],
         return (KEEP, "dense") if dtype else (DENSE_AGAIN, "packed")
     if recipe.to == KEEP:
         return KEEP, "--to keep"
-    if why := stays(info.name, info.shape, dtype) if dtype else "":
+    if dtype and (why := stays(info.name, info.shape, dtype) or container.leaves(info.name, info.shape)):
         return KEEP, why
     return recipe.to, WEIGHTS if dtype else "packed"
 

@@ -225,7 +225,7 @@ def test_a_layout_is_written_as_deepseek_stores_it_and_read_again(
 @pytest.mark.parametrize(
     ("to", "overrides", "message"),
     [
-        ("fp8_block", {"lm_head": "keep"}, r"embed_tokens\.weight: an embedding, which stays dense; say --map"),
+        ("fp8_block", {"embed": "fp8_block"}, r"embed_tokens\.weight: an embedding, which stays dense; say --map"),
         ("fp8_block", {**KEPT, "experts": "fp8_tensor"}, "fp8_tensor and blocks in one model"),
         ("fp8_block", {**KEPT, "experts": "mxfp4_e8m0"}, "a model has one scale_fmt; say fp8_block_e8m0"),
         ("fp8_block", {**KEPT, "experts": "mxfp4_pairs"}, "DeepSeek's form holds fp8_block, .*, not mxfp4_pairs"),

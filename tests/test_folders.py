@@ -20,7 +20,8 @@ from packfmt.errors import ContainerError, PlanError
 from packfmt.exporters import Extras, folder, safetensors_header
 from packfmt.exporters.folder import DIVIDES, MULTIPLIES, Activation, Dialect, Form, Found, Stored
 from packfmt.layout import DENSE, Layout
-from packfmt.plan import Plan, Step
+from packfmt.plan import Plan, Recipe, Step
+from tests import models
 from tests.models import BF16, PAIRS, normal
 
 F32 = np.float32
@@ -274,6 +275,31 @@ def test_a_shape_that_fills_no_blocks_is_left_unread(tmp_path: Path, toy: Dialec
         assert model.index["a.codes"].why == "a weight of [4, 48]; q4_0_pairs: 48 columns, needs a multiple of 32"
         with pytest.raises(PlanError, match=r"stored as U8, a weight of \[4, 48\]"):
             conversion.plan_for(model, tmp_path / "out", conversion.Recipe("keep"))
+
+
+@pytest.mark.parametrize(
+    ("container", "to", "packed"),
+    [
+        ("compressed_tensors", "nvfp4_ct", {"a.q_proj.weight"}),
+        ("modelopt", "nvfp4_modelopt", {"a.q_proj.weight"}),
+        ("quark", "mxfp4_pairs", {"a.q_proj.weight"}),
+        ("deepseek", "fp8_block", {"a.q_proj.weight"}),
+        ("bitnet", "bitnet", {"a.q_proj.weight", "lm_head.weight"}),
+        ("safetensors", "mxfp4", {"a.q_proj.weight", "lm_head.weight", "embed_tokens.weight"}),
+    ],
+)
+def test_embeddings_and_the_output_layer_stay_dense_where_readers_expect_it(
+    tmp_path: Path, container: str, to: str, packed: set[str]
+) -> None:
+    names = ("a.q_proj.weight", "lm_head.weight", "embed_tokens.weight")
+    model = models.folder(tmp_path / "m", {name: normal(64, 128) for name in names})
+    with checkpoint.open(model) as source:
+        plan = conversion.plan_for(source, tmp_path / "o", Recipe(to), container)
+        assert {s.name for s in plan.steps if s.action == "quantise"} == packed
+        asked = Recipe(to, (("lm_head", to),))
+        if container != "bitnet":
+            again = conversion.plan_for(source, tmp_path / "o", asked, container)
+            assert {s.name for s in again.steps if s.action == "quantise"} == packed | {"lm_head.weight"}
 
 
 def test_a_method_that_no_dialect_reads_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ A module has
 
     NAME
     refusal(layout, shape), name_refusal(name)   why it cannot hold such a tensor, or ""
+    leaves(name, shape)                          why such a dense weight stays dense unless a rule says otherwise, or ""
     plan_refusal(steps)                          why it cannot hold such tensors together, or ""
     extras_refusal(extras)                       why it cannot do with what the model has beside them, or ""
     write(path, plan, tensors, extras, check)    one tensor at a time; `path` appears only when whole and checked

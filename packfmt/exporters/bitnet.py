@@ -31,6 +31,7 @@ from packfmt.exporters.folder import (
     Says,
     Stored,
     Tensors,
+    no_embedding,
     packed_steps,
     stay_dense,
 )
@@ -154,6 +155,7 @@ DIALECT = Dialect(
     form=form,
     find=find,
     says=says,
+    leaves=no_embedding,
     refusal_of=refusal_of,
     plan_refusal_of=plan_refusal_of,
 )

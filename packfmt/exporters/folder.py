@@ -8,6 +8,7 @@ This is what all of them share. A dialect is a module of its own that says the r
     find        what config.json says, and the tensors of the files -> the weights that they make up (`Found`)
     says        the steps of a plan -> the `quantization_config` to write
     files       the steps of a plan -> further JSON files, by name
+    leaves      name and shape of a dense weight -> why it stays dense unless a rule says otherwise
     refusal_of, plan_refusal_of, extras_refusal_of    what else it cannot hold; by default nothing
 
 and puts them together: `DIALECT = Dialect(NAME, ...)`. `exporters.FOLDERS`, `METHODS` and `SIGNS` name the dialects and
@@ -139,6 +140,17 @@ def _nothing(*_: Any) -> str:
     return ""
 
 
+def no_embedding(name: str, shape: Shape) -> str:
+    """Why a dense weight stays dense in a folder of linear layers, unless a rule says otherwise; empty if not."""
+    return "embedding, which stays dense there" if EMBEDDING.search(name) else ""
+
+
+def no_embedding_or_head(name: str, shape: Shape) -> str:
+    """`no_embedding`, for engines that want the output layer dense, too."""
+    is_head = re.search(rf"(^|\.){HEAD}{re.escape(WEIGHT)}$", name)
+    return "output layer, which engines expect dense there" if is_head else no_embedding(name, shape)
+
+
 def _no_files(*_: Any) -> dict[str, Any]:
     return {}
 
@@ -157,6 +169,7 @@ class Dialect:
     find: Callable[[Says, Tensors, Read], Iterable[Found]]
     says: Callable[[tuple[Step, ...], Extras], dict[str, Any]]
     files: Callable[[tuple[Step, ...], Extras], dict[str, Any]] = _no_files
+    leaves: Callable[[str, Shape], str] = no_embedding_or_head
     refusal_of: Callable[[Layout, Shape], str] = _nothing
     plan_refusal_of: Callable[[tuple[Step, ...]], str] = _nothing
     extras_refusal_of: Callable[[Extras], str] = _nothing

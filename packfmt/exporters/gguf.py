@@ -117,6 +117,11 @@ def name_refusal(name: str) -> str:
     return f"a name of {length} bytes, GGUF holds {LONGEST_NAME} or fewer" if length > LONGEST_NAME else ""
 
 
+def leaves(name: str, shape: tuple[int, ...]) -> str:
+    """Why such a weight stays dense unless a rule says otherwise; empty, for every weight may be packed."""
+    return ""
+
+
 def plan_refusal(steps: tuple[Step, ...]) -> str:
     """Why these tensors cannot stand together; empty if they can."""
     steps = tuple(_multiplying(steps))

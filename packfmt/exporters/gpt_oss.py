@@ -48,6 +48,11 @@ def refusal_of(layout: Layout, shape: Shape) -> str:
     return "" if len(shape) == 3 else f"{len(shape)} dimensions, experts have 3"
 
 
+def leaves(name: str, shape: Shape) -> str:
+    """Why a dense weight stays dense; empty if it is one of the experts."""
+    return "" if len(shape) == 3 else "no expert, so it stays dense there"
+
+
 def plan_refusal_of(steps: tuple[Step, ...]) -> str:
     """Why a reader would not load these tensors together; empty if it would."""
     packed = packed_steps(steps)
@@ -87,6 +92,7 @@ DIALECT = Dialect(
     form=form,
     find=find,
     says=says,
+    leaves=leaves,
     refusal_of=refusal_of,
     plan_refusal_of=plan_refusal_of,
 )

@@ -44,6 +44,11 @@ def refusal(layout: Layout, shape: tuple[int, ...]) -> str:
     return ""
 
 
+def leaves(name: str, shape: tuple[int, ...]) -> str:
+    """Why such a weight stays dense unless a rule says otherwise; empty, for every weight may be packed."""
+    return ""
+
+
 def plan_refusal(steps: tuple[Step, ...]) -> str:
     """Why these tensors cannot stand together; empty if they can."""
     owner: dict[str, str] = {}
