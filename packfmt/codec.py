@@ -211,11 +211,20 @@ class Codec:
                 extra["importance"] = self._costs(chosen, shape, importance)
             if peak is not None and chosen in self.shared:
                 extra["peak"] = np.float32(peak)
-            components = placement.pack(self.layout, shape, self.encoders[chosen](flat, **extra))
+            parts = self.encoders[chosen](flat, **extra)
+            components = placement.pack(self.layout, shape, parts if flat.size else self._of_nothing(shape, parts))
         packed = PackedTensor(self.layout, weight.shape, components, weight.dtype.name)
         if lossless and (reason := self.loss(weight, packed)):
             raise LayoutError(f"{name}: {reason}")
         return packed
+
+    def _of_nothing(self, shape: tuple[int, int], parts: Parts) -> Parts:
+        """Parts of a weight without numbers: what one row or column would share is there all the same."""
+        wanted = {name: part.shape for name, part in self.layout.fit(*shape).parts.items() if name in parts}
+        return {
+            name: array if array.shape == wanted.get(name, array.shape) else np.ones(wanted[name], array.dtype)
+            for name, array in parts.items()
+        }
 
     def loss(self, weight: Array, packed: PackedTensor) -> str:
         """How many numbers a packed weight changed, in words; empty if none.

@@ -5,8 +5,9 @@ and writes its numbers, by the same formula and to the same bits. Which kernel, 
 it where the codes lie, follow from the layout's structure, never from its name: so it also serves
 layouts that a file brings with it. What does not fit goes the general way.
 
-Fits: codes lie in cells of one component, row by row and block by block, as fields within a byte, base-3
-bytes or quads; scales are whole numbers in such cells, of any float dtype, or E8M0 exponents.
+Fits: codes lie in cells of one component, row by row and block by block, as fields within a byte or one after the
+other, as bytes, base-3 bytes or quads; scales are whole numbers in such cells, of any float dtype, or codes of a
+number format, and may be shared by rows; one number may scale the whole tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import grids
+from packfmt import grids, minifloat
 from packfmt.errors import LayoutError
 from packfmt.layout import REST, TOP, Codes, Digit, Layout, Member, Values, dtype_of
 from packfmt.placement import Arrays
@@ -33,20 +34,24 @@ F32 = np.float32
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
-Decoder = Callable[[tuple[int, int], Arrays, Floats], bool]
-Formula = Callable[[Bytes, "Places", Floats, Floats], None]  # records, places, scale, out
+Decoder = Callable[[tuple[int, int], Arrays, Floats, bool], bool]  # shape, components, out, through
+Formula = Callable[..., Any]  # records, places, scale, out -> False if it cannot tell
+Scales = Callable[[int, int], Floats]  # first row, end -> (rows or 1, groups)
 
 LEAST_WEIGHTS: Final = 1 << 19  # worth a thread: a tenth of a millisecond
+STRIP: Final = 1 << 18  # weights computed at a time, in the cache
+LEAST_THROUGH: Final = 1 << 23  # bytes of weights that would not stay in the cache, and are written past it
 MOST_CODES: Final = 1 << 12  # of a cell
 FEW_CODES: Final = 256  # cells of fewer are read several at a time
 PARAMETERS: Final = {
     "affine": {"zero"},
     "levels": {"values"},
     "table": {"values", "exponent"},
+    "scaled": {"element", "scale", "global_scale"},
     "quads": {"stride", "values"},
     "base3": {"block", "runs", "first"},
 }
-EIGHTS: Final = (1, 2, 4)  # bits of fields that the kernel spreads eight at a time
+GLOBAL: Final = {"times": np.multiply, "divides": np.divide}  # what a scale of the whole tensor does to others
 
 
 def decode(layout: Layout, shape: tuple[int, int], components: Arrays, out: Floats | None = None) -> Floats:
@@ -64,7 +69,7 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays, out: Floa
         raise LayoutError(f"out is {out.dtype} {out.shape}, needs a writable C-contiguous float32 {shape}")
     if run := decoder(layout):
         target = np.empty(shape, F32) if out is None else out
-        if run(shape, components, target):
+        if run(shape, components, target, out is not None and out.nbytes >= LEAST_THROUGH):
             return target
     weights = grids.decode(layout, shape, components)
     if out is None:
@@ -77,39 +82,64 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays, out: Floa
 def decoder(layout: Layout) -> Decoder | None:
     """What writes the numbers of a tensor of this layout; None if no kernel fits.
 
-    run(shape, components, out) -> whether it did: not if the tensor is empty, or a component is not what
-    the layout says. `out` is C-contiguous (rows, cols) float32.
+    run(shape, components, out, through) -> whether it did: not if the tensor is empty, a component is not what
+    the layout says, or it cannot tell which bits a NaN has. `out` is C-contiguous (rows, cols) float32; `through`
+    writes it past the cache, which pays where it is large, and its pages have been touched before.
     """
     try:
-        codes, scale = _cells(layout, "codes"), _cells(layout, "scale")
-        _check(codes.cols and codes.share == 1)
-        formula = _formula(layout, scale.cols // scale.count or codes.cols)
+        codes, scale, whole = _cells(layout, "codes"), _cells(layout, "scale"), _whole(layout)
+        _check(codes.cols and codes.rows == codes.share == 1)
+        formula, direct = _formula(layout, scale.cols // scale.count or codes.cols)
         numbers = _numbers(layout, scale)
         _places(layout, codes, 1)
     except (Unfit, KeyError, TypeError, ValueError, OverflowError):
         return None
     # hashing a layout takes longer than decoding a small tensor, so this is remembered here
-    places_of = lru_cache(maxsize=64)(partial(_places, layout, codes))
+    places_of = lru_cache(maxsize=64)(lambda cells: _places(layout, codes, _together(cells, codes)))
     described = lru_cache(maxsize=64)(partial(_described, layout))
 
-    def run(shape: tuple[int, int], components: Arrays, out: Floats) -> bool:
+    def run(shape: tuple[int, int], components: Arrays, out: Floats, through: bool = False) -> bool:
         from packfmt.kernels import threads
 
         rows, cols = shape
         wanted = described(shape)
         if not rows or not cols or any(_shape_dtype(components.get(name)) != w for name, w in wanted.items()):
             return False
+        factor = F32(1)
+        if whole:
+            (factor,) = components[whole].reshape(-1).astype(F32)
+        if (scale.cols and cols % scale.cols) or np.isnan(factor):
+            return False  # fewer columns share the last scale; which NaN survives is the processor's choice
         records = _rows(components[codes.component], rows)
-        places = places_of(_together(records.shape[1] // codes.nbytes, codes))
-        scales = numbers(components[scale.component], rows)
+        places = places_of(records.shape[1] // codes.nbytes)
+        scales = numbers(components[scale.component], rows, factor)
+        unclear: list[int] = []
+        options, step, group = {}, max(1, STRIP // cols), scale.cols // scale.count or cols
+        if through and direct and not layout.hadamard and _blocks().fits_through(out, group):
+            options, through, step = {"through": True}, False, 4 * step
 
-        def work(start: int, stop: int) -> None:
-            formula(records[start:stop], places, scales(start, stop), out[start:stop])
+        def strip(start: int, stop: int, target: Floats) -> None:
+            if formula(records[start:stop], places, scales(start, stop), target, **options) is False:
+                unclear.append(start)
+            if layout.hadamard:
+                _hadamard(target, layout.hadamard)
 
-        threads.spread(work, rows, -(-LEAST_WEIGHTS // cols))
-        return True
+        threads.spread(partial(_by_strips, strip, out, step, through), rows, -(-LEAST_WEIGHTS // cols))
+        return not unclear
 
     return run
+
+
+def _by_strips(
+    strip: Callable[[int, int, Floats], None], out: Floats, step: int, through: bool, start: int, stop: int
+) -> None:
+    """Compute rows a strip at a time, which stays in the cache until it is done."""
+    room = np.empty((min(step, stop - start), out.shape[1]), F32) if through else out[:0]
+    for first in range(start, stop, step):
+        end = min(stop, first + step)
+        strip(first, end, room[: end - first] if through else out[first:end])
+        if through:
+            _blocks().write_through(room[: end - first], out[first:end])
 
 
 def _described(layout: Layout, shape: tuple[int, int]) -> dict[str, Any]:
@@ -133,7 +163,7 @@ class Cells:
     """Where a part lies: in equal cells of one component, row by row, and block by block within a row."""
 
     component: str
-    per_row: bool  # else one row of cells serves all
+    rows: int  # that share a row of cells; 0: all
     cols: int  # columns of a cell; 0: all
     nbytes: int
     count: int  # elements of the part in a cell
@@ -155,9 +185,11 @@ def _cells(layout: Layout, part: str) -> Cells:
     Unfit
         If the part lies in any other way.
     """
-    _check(not layout.streams and {m.name for _, m, _ in layout.members()} == {"codes", "scale"})
-    _check(layout.axes[0].of == "rows" and all(a.per == 1 or a.of == "cols" for a in layout.axes))
-    _check(all(a.pad == 1 for a in layout.axes) and layout.block["rows"] == 1)
+    _check(not layout.streams and {m.name for _, m, _ in layout.members()} - {"global_scale"} == {"codes", "scale"})
+    _check(
+        [a.of for a in layout.axes[:2]] == ["rows", "cols"] and all(a.per == 1 or a.of == "cols" for a in layout.axes)
+    )
+    _check(all(a.pad == 1 and not a.plus for a in layout.axes) and layout.block["rows"] == 1)
     (home,) = {c.name: c for c, m, _ in layout.members() if m.name == part}.values()
     fitted = layout.fit(1, layout.block["cols"])
     placed = next(c for c in fitted.components if c.name == home.name)
@@ -167,18 +199,18 @@ def _cells(layout: Layout, part: str) -> Cells:
     over = {d.axis: d for d in home.over}
     _check(list(over) in ([], [rows], [rows, name]) and len(over) == len(home.over))
     _check(all(d.size == REST and not d.reverse for d in home.over))
-    _check(rows not in over or over[rows].stride == 1)
+    tall = over[rows].stride if rows in over else 0
     step = over[name].stride if name in over else 0
     _check(step or (name not in over and all(d.size == 1 for m in members for d in (*m.units, *m.fields))))
     share = fitted.parts[part].share
-    _check(share[0] == 1 or not over)
+    _check(share[0] == tall or not over)
     axis, count, each = name, max(1, step // max(1, share[1])), share[1]
     if len(layout.axes) == 3 and fitted.parts[part].shape[2] > 1:  # bytes of a block
         _check(step and share[1] == step and not layout.axes[2].of)
         axis, count, each = layout.axes[2].name, layout.axes[2].size, share[2]
     _check(count <= MOST_CODES)
     columns = step * layout.axes[1].per
-    return Cells(home.name, bool(over), columns, placed.cell_bytes, count, each, axis, members)
+    return Cells(home.name, tall, columns, placed.cell_bytes, count, each, axis, members)
 
 
 def _inside(member: Codes | Values) -> tuple[Digit, ...]:
@@ -216,19 +248,19 @@ def _places(layout: Layout, cells: Cells, together: int) -> Places:
     Raises
     ------
     Unfit
-        If codes are wider than a byte, or cross bytes, or lie in no order to speak of.
+        If codes are wider than a byte, or cross bytes but are not one after the other, or lie in no order to speak of.
     """
     from packfmt.kernels.blocks import Places
 
     runs: list[tuple[int, ...]] = []
-    eights: list[tuple[int, ...]] = []
+    streams: list[tuple[int, ...]] = []
     digits: list[tuple[int, ...]] = []
     powers = [1, 3, 9, 27, 81]
     count = cells.count * together
     for m in sorted(cells.members, key=lambda m: m.low):
         at = _addresses(cells, m)
         at = (at + 8 * cells.nbytes * np.arange(together)[:, None]).reshape(-1)
-        _check(m.low + m.bits <= 8 and (at % 8 + m.bits <= 8).all())
+        _check(m.low + m.bits <= 8)
         if layout.grid.name == "base3":
             _check(m.bits == 8 and (np.diff(at) == 8).all())
             byte, code = int(at[0]) // 8, 0
@@ -237,24 +269,25 @@ def _places(layout: Layout, cells: Cells, together: int) -> Places:
                 byte, code = byte + n, code + n * each
             count = code
             powers = powers if layout.grid["first"] == "high" else powers[::-1]
-        elif not runs and _side_by_side(at, m.bits):  # for the kernel reads eights before runs
-            eights.append((int(at[0]) // 8, count // 8, m.bits, 0, m.low))
+        elif not runs and _one_after_the_other(at, m.bits):  # for the kernel reads streams before runs
+            streams.append((int(at[0]) // 8, count, m.bits, 0, m.low))
         else:
+            _check((at % 8 + m.bits <= 8).all())
             runs += [(*run, m.low) for run in _runs(at, m.bits)]
             _check(len(runs) <= max(16, count // 2))
     return Places(
         cells.nbytes * together,
         count,
         np.array(runs, np.int64).reshape(-1, 7),
-        np.array(eights, np.int64).reshape(-1, 5),
+        np.array(streams, np.int64).reshape(-1, 5),
         np.array(digits, np.int64).reshape(-1, 4),
         np.array(powers, np.uint8),
     )
 
 
-def _side_by_side(at: Ints, bits: int) -> bool:
-    """Whether whole eights of fields follow each other from a byte's first bit on."""
-    return bits in EIGHTS and len(at) % 8 == 0 and at[0] % 8 == 0 and bool((np.diff(at) == bits).all())
+def _one_after_the_other(at: Ints, bits: int) -> bool:
+    """Whether fields follow each other from a byte's first bit on."""
+    return bits < 8 and at[0] % 8 == 0 and bool((np.diff(at) == bits).all())
 
 
 def _runs(at: Ints, bits: int) -> list[tuple[int, int, int, int, int, int]]:
@@ -283,38 +316,74 @@ def _rows(array: npt.NDArray[Any], rows: int) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(rows, -1)
 
 
-def _numbers(layout: Layout, cells: Cells) -> Callable[[npt.NDArray[Any], int], Callable[[int, int], Floats]]:
-    """What gives the scales of a component: (array, rows) -> (first row, end) -> (rows or 1, groups) float32."""
+def _whole(layout: Layout) -> str:
+    """The component that holds one scale for the whole tensor; empty if there is none."""
+    homes = [(c, m) for c, m, _ in layout.members() if m.name == "global_scale"]
+    how = layout.grid["global_scale"] if layout.grid.name == "scaled" else ""
+    _check(how in GLOBAL if homes else how == "")
+    if not homes:
+        return ""
+    ((home, member),) = homes
+    _check(not home.over and len(home.cell) == 1 and isinstance(member, Values) and not member.digits)
+    return home.name
+
+
+def _numbers(layout: Layout, cells: Cells) -> Callable[[npt.NDArray[Any], int, F32], Scales]:
+    """What gives the scales of a component, and of the whole tensor: (array, rows, whole) -> the scales of rows."""
     (m,) = cells.members
     dtype = dtype_of(layout.fit(1, layout.block["cols"]).parts["scale"].dtype)
     size, at = dtype.itemsize, _addresses(cells, m)
     _check(m.bits == 8 * size and m.low == 0 and at[0] % 8 == 0 and (np.diff(at) == m.bits).all())
     raw, offset = np.dtype(f"<u{size}"), int(at[0]) // 8
-    powers: Floats | None = None
-    if layout.grid.name == "table":
-        _check(dtype == np.uint8)
-        with np.errstate(over="ignore"):
-            powers = np.ldexp(F32(1), np.arange(256, dtype=np.int32) - layout.grid["exponent"])
+    table = _table(layout, dtype)
+    combine = GLOBAL.get(dict(layout.grid.params).get("global_scale", ""))
 
-    def numbers(array: npt.NDArray[Any], rows: int) -> Callable[[int, int], Floats]:
-        stored = _rows(array, rows if cells.per_row else 1)
-        count = stored.shape[1] // cells.nbytes
-        shape, strides = (len(stored), count, cells.count), (stored.shape[1], cells.nbytes, size)
-        found = np.ndarray(shape, raw, stored, offset, strides)
+    def numbers(array: npt.NDArray[Any], rows: int, whole: F32) -> Scales:
+        stored = _rows(array, -(-rows // cells.rows) if cells.rows else 1)
+        shape, strides = (stored.shape[1] // cells.nbytes, cells.count), (cells.nbytes, size)
+        values = table
+        if combine and values is not None:
+            with np.errstate(all="ignore"):
+                values = combine(values, whole)
+
+        def few(mine: Bytes) -> Floats:
+            if values is not None:
+                return _blocks().look_up(mine, cells.nbytes, offset, cells.count, values)  # type: ignore[no-any-return]
+            found = np.ndarray((len(mine), *shape), raw, mine, offset, (mine.shape[1], *strides))
+            flat = np.ascontiguousarray(found).reshape(len(mine), -1)
+            with np.errstate(all="ignore"):
+                scales = flat.view(dtype).astype(F32)
+                return combine(scales, whole) if combine else scales
 
         def by_row(start: int, stop: int) -> Floats:
-            mine = np.ascontiguousarray(found[start:stop] if cells.per_row else found)
-            flat = mine.reshape(len(mine), -1)
-            with np.errstate(over="ignore"):
-                return flat.view(dtype).astype(F32) if powers is None else powers[flat]
+            if not cells.rows:
+                return few(stored)
+            first = start // cells.rows
+            found = few(stored[first : -(-stop // cells.rows)])
+            return found if cells.rows == 1 else found[np.arange(start, stop) // cells.rows - first]
 
         return by_row
 
     return numbers
 
 
-def _formula(layout: Layout, group: int) -> Formula:
-    """The kernel of the layout's grid. group : what the columns that share a scale are a multiple of
+def _table(layout: Layout, dtype: np.dtype[Any]) -> Floats | None:
+    """The numbers of scales of one byte; None if they have more."""
+    if layout.grid.name == "table":
+        _check(dtype == np.uint8)
+        with np.errstate(over="ignore"):
+            return np.ldexp(F32(1), np.arange(256, dtype=np.int32) - layout.grid["exponent"])  # type: ignore[no-any-return]
+    if layout.grid.name == "scaled" and layout.grid["scale"]:
+        found = minifloat.numbers(layout.grid["scale"])
+        _check(dtype == np.uint8 and len(found) == 256)
+        return found
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(F32) if dtype.itemsize == 1 else None
+
+
+def _formula(layout: Layout, group: int) -> tuple[Formula, bool]:
+    """The kernel of the layout's grid, and whether it has a way past the cache of its own.
+
+    group : what the columns that share a scale are a multiple of
 
     Raises
     ------
@@ -333,9 +402,13 @@ def _formula(layout: Layout, group: int) -> Formula:
             _check(all(type(n) is int and type(d) is int and n > 0 and 1 <= d <= 5 for n, d in runs))
             _check(sum(n * d for n, d in runs) == params["block"] == part.share[1])
             _check(sum(n for n, _ in runs) == part.shape[2] and params["first"] in ("high", "low"))
-        return lambda *args: _blocks().affine(*args, zero, part.dtype)
-    _check(part.dtype == "u1")  # a negative code is no place in a table
-    values = np.array(params["values"])
+        return lambda *args: _blocks().affine(*args, zero, part.dtype), False
+    if name == "scaled":
+        _check(dtype_of(part.dtype).itemsize == 1)
+        values = minifloat.numbers(params["element"])
+    else:
+        _check(part.dtype == "u1")  # a negative code is no place in a table
+        values = np.array(params["values"])
     _check(values.dtype.kind in "if" and len(values) >= 1 << part.bits)
     if name == "quads":
         stride = params["stride"]
@@ -347,10 +420,18 @@ def _formula(layout: Layout, group: int) -> Formula:
             and values.max() <= 1
         )
         _check(type(stride) is int and stride > 0 and group % (4 * stride) == 0)
-        return lambda *args: _blocks().quads(*args, values.astype(F32), stride)
+        return lambda *args: _blocks().quads(*args, values.astype(F32), stride), False
     _check(values.ndim == 1)
-    numbers = np.array(params["values"], F32)  # as the grid does
-    return lambda *args: _blocks().levels(*args, numbers)
+    numbers = np.array(values if name == "scaled" else params["values"], F32)[: 1 << part.bits]  # as the grid does
+    how, unit = _blocks().arithmetic(numbers), _blocks().unit_of(numbers)
+    _check(how is not None or not np.isnan(numbers).any())
+    return lambda *args, **options: _blocks().levels(*args, numbers, how, unit, **options), how is not None
+
+
+def _hadamard(weights: Floats, size: int) -> None:
+    from packfmt.kernels import hadamard
+
+    hadamard.transform(weights, size)
 
 
 def _blocks() -> ModuleType:

@@ -21,7 +21,7 @@ from packfmt.errors import LayoutError
 from packfmt.grids import scale_numbers
 from packfmt.layout import Grid, Layout, dtype_of
 from packfmt.placement import Array, Arrays, difference, pack, repack, unpack
-from packfmt.spellings import F32, SPELLINGS, Steps, contiguous_quads, scales, unit
+from packfmt.spellings import F32, SPELLINGS, Steps, contiguous_quads, has_steps, scales, unit
 
 Shape = tuple[int, int]
 WRONG = (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError)  # parameters or parts
@@ -29,6 +29,7 @@ MOST_BITS = 16  # of codes that spell steps; more spell too many to compare
 HELD, HELD_PERMUTED = 8, 40  # bytes a step: codes, steps and what tells which are zero; scales spread over columns
 FLOATS = ("<f2", "<f4", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu")  # dtypes of scales, all exact in float32
 CODES = frozenset({"codes"})
+SCALES = frozenset({"scale", "global_scale"})
 POWERS = "power of two"  # what scales are that a `table` has
 F64 = np.float64
 Doubles = npt.NDArray[np.float64]
@@ -37,8 +38,8 @@ Doubles = npt.NDArray[np.float64]
 class View(NamedTuple):
     """What a layout's steps and scales look like for one shape."""
 
-    steps: frozenset[float]  # what a step can be
-    table: tuple[float, ...]  # the step of every code; empty where a code is no one step
+    steps: frozenset[float]  # what a step can be; none where numbers are too far apart to be steps
+    table: tuple[float | str, ...]  # the step of every code, or the name of all numbers; empty where codes are neither
     unit: float  # what a step counts, times its scale
     planes: int
     dtype: str  # of scales
@@ -76,10 +77,15 @@ def view(layout: Layout, shape: Shape) -> View | str:
     ratio = params.pop("ratio", 0)
     lowest = -(1 << codes.bits - 1) if codes.dtype.startswith(("i", "<i")) else 0
     spelling = SPELLINGS[layout.grid.name]
+    table: tuple[float | str, ...]
     try:
-        table = spelling.steps(lowest, codes.levels or 1 << codes.bits, **params)
-        each = unit(minifloat.numbers(params["element"])) if layout.grid.name == "scaled" else 1.0
-        if any(s != int(s) for s in table):
+        each, stepped = 1.0, True
+        if layout.grid.name == "scaled":
+            numbers = minifloat.numbers(params["element"])
+            each, stepped = unit(numbers) or 1.0, has_steps(numbers)
+        known = spelling.steps(lowest, codes.levels or 1 << codes.bits, **params) if stepped else ()
+        table = known or (params["element"],)
+        if any(s != int(s) for s in known):
             return f"the steps of {layout.name} are no whole numbers"
     except (*WRONG, LayoutError) as error:
         return f"grid {layout.grid.name!r} cannot take the parameters of {layout.name}: {error}"
@@ -93,7 +99,7 @@ def view(layout: Layout, shape: Shape) -> View | str:
     perm, divides = "perm" in parts, layout.grid.name == "quotient"
     apart = 1 if perm else params.get("stride", 0)
     return View(
-        frozenset(table), table if single else (), each, planes, scale.dtype, meaning, whole,
+        frozenset(known), table if single else (), each, planes, scale.dtype, meaning, whole,
         (share["rows"], share["cols"]), ratio, divides, apart, perm, layout.hadamard,
     )  # fmt: skip
 
@@ -106,7 +112,7 @@ def alike(source: Layout, target: Layout, shape: Shape) -> bool:
     a, b = view(source, shape), view(target, shape)
     if isinstance(a, str) or isinstance(b, str):
         return False
-    return a.steps <= {-1, 0, 1, 2} or (a.table == b.table != ())
+    return bool(a.steps and a.steps <= {-1, 0, 1, 2}) or a.table == b.table != ()
 
 
 def inverts(source: Layout, target: Layout, shape: Shape) -> bool:
@@ -126,9 +132,28 @@ def why_not(source: Layout, target: Layout, shape: Shape) -> str:
         return f"{source.name} has {a.planes} planes, {target.name} {b.planes}"
     if a.hadamard != b.hadamard:
         return f"{source.name} has {_columns(a.hadamard)}, {target.name} {_columns(b.hadamard)}"
+    if a.table == b.table != () and not a.steps:
+        return _why_not_as_they_are(source, target, a, b, shape)
+    for layout, seen in (source, a), (target, b):
+        if not seen.steps:
+            return f"the numbers of {layout.name} are too far apart to be steps"
     if len(a.steps & b.steps) <= len(a.steps) // 2:
         return f"{target.name} has no code for {_some(a.steps - b.steps)} times a scale"
     return ""
+
+
+def _why_not_as_they_are(source: Layout, target: Layout, a: View, b: View, shape: Shape) -> str:
+    """Why codes that are no steps cannot stay as they are."""
+    if reason := difference(source, target, shape, SCALES):
+        return reason
+    return (
+        "" if _finer(a, b, shape) else f"{_group(a.share)} share a scale in {source.name}, in {target.name} {_group(b.share)}"
+    )
+
+
+def _finer(a: View, b: View, shape: Shape) -> bool:
+    """Whether weights that share a scale there also do so here."""
+    return all(mine >= n or not mine % theirs for n, mine, theirs in zip(shape, a.share, b.share, strict=True))
 
 
 def _columns(hadamard: int) -> str:
@@ -248,20 +273,29 @@ def _beside_codes(
     """The target's parts but for its codes, if these stay as they are and no scale needs a look at its weights."""
     a, b = view(source, shape), view(target, shape)
     assert isinstance(a, View) and isinstance(b, View)
-    if a.table != b.table or not a.table or a.share != b.share or a.divides != b.divides:
+    if a.table != b.table or not a.table or not _finer(a, b, shape) or a.divides != b.divides:
         return None
-    if difference(source, target, shape, frozenset({"scale", "global_scale"})):
+    if difference(source, target, shape, SCALES):
         return None
-    found = parts["scale"]
+    found = parts["scale"].reshape(parts["scale"].shape[:2])
     # scales of a byte are few: what becomes of each is found once, unless it depends on all of them
     few = found.dtype.itemsize == 1 and bool(a.whole) == bool(b.whole)
     each = np.arange(256, dtype=np.uint8).view(found.dtype)[None] if few else found
     scale, whole = _scales(source, a, b, {**parts, "scale": each}, rounded_reciprocal)
-    stored, lost = _stored(scale, target.grid, b)
+    stored, lost = (array[:, 0] for array in _stored(scale, target.grid, b))
     if few:
-        stored, lost = (array[0, 0][found.view(np.uint8)] for array in (stored, lost))
+        stored, lost = (array[0, found.view(np.uint8)] for array in (stored, lost))
     if lost.any():
+        if not a.steps:
+            at = _first(lost)
+            number = scale[0, 0, found.view(np.uint8)[at]] if few else scale[at[0], 0, at[1]]
+            raise _Misfit(f"scale {list(at)} is {number:.9g}, which is no {b.kind}")
         return None
+    if a.share != b.share:
+        down, across = (
+            np.arange(0, n, theirs) // mine for n, mine, theirs in zip(shape, a.share, b.share, strict=True)
+        )
+        stored = stored[down][:, across]
     return {"scale": stored.reshape(target.fit(*shape).parts["scale"].shape), **_whole_part(target, shape, whole)}
 
 

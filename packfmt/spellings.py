@@ -237,10 +237,15 @@ def number_steps(element: str) -> npt.NDArray[np.int64]:
         If they are too many to be steps, or some are no numbers.
     """
     numbers = minifloat.numbers(element)
-    each = unit(numbers)
-    if not each or np.abs(numbers).max() / each > MOST_STEP:
+    if not has_steps(numbers):
         raise LayoutError(f"the numbers of {element} are no steps")
-    return np.rint(numbers.astype(np.float64) / each).astype(np.int64)
+    return np.rint(numbers.astype(np.float64) / unit(numbers)).astype(np.int64)
+
+
+def has_steps(numbers: Floats) -> bool:
+    """Whether all numbers are finite, and few enough units."""
+    each = unit(numbers)
+    return bool(each and np.abs(numbers).max() / each <= MOST_STEP)
 
 
 def _as_codes(codes: Array) -> Array:

@@ -143,7 +143,7 @@ def test_nvfp4_whose_scales_are_no_pairs_of_powers_of_two_is_no_mxfp4() -> None:
     scale = np.array([[0x38, 0x38, 0x40, 0x40]])  # 1, 1, 2, 2
     moved = made("nvfp4_ct", codes, scale, whole).repack(layout("mxfp4"))
     assert moved.unpack()["scale"].tolist() == [[132, 133]]
-    with pytest.raises(LayoutError, match="scale .* that of weights before it"):
+    with pytest.raises(LayoutError, match=r"scale .* that of weights before it"):
         made("nvfp4_ct", codes, np.array([[0x38, 0x40, 0x40, 0x40]]), whole).repack(layout("mxfp4"))
     with pytest.raises(LayoutError, match="which is no float8_e8m0fnu"):
         made("nvfp4_ct", codes, np.array([[0x39, 0x39, 0x40, 0x40]]), whole).repack(layout("mxfp4_pairs"))
@@ -179,6 +179,34 @@ def test_mxint8_is_q8_0_where_float16_has_the_scales() -> None:
     assert np.array_equal(moved.decode(), packed.decode())
     assert same(moved.unpack()["codes"], packed.unpack()["codes"])
     assert same(moved.repack(packed.layout).components["weight_scale"], packed.components["weight_scale"])
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("fp8_row_bf16", "fp8_row"),
+        ("fp8_tensor", "fp8_row"),
+        ("fp8_tensor_bf16", "fp8_block"),
+        ("fp8_block_e8m0", "fp8_block"),
+        ("fp8_block_e8m0", "fp8_block_bf16"),
+    ],
+)
+def test_fp8_takes_finer_and_wider_scales_without_a_look_at_its_codes(source: str, target: str) -> None:
+    packed = codecs.get(source).encode(normal(300, 200))
+    moved = packed.repack(layout(target))
+    assert same(moved.decode(), packed.decode())
+    assert same(moved.unpack()["codes"], packed.unpack()["codes"])
+
+
+def test_fp8_is_refused_where_scales_do_not_fit() -> None:
+    packed = codecs.get("fp8_row").encode(normal(4, 128))
+    row = packed.unpack()["scale"][0, 0]
+    with pytest.raises(LayoutError, match=rf"scale \[0, 0\] is {row:.9g}, which is no bfloat16"):
+        packed.repack(layout("fp8_row_bf16"))
+    assert packed.refuses(layout("fp8_tensor")) == (
+        "128 columns share a scale in fp8_row, in fp8_tensor 4 rows and 128 columns"
+    )
+    assert packed.refuses(layout("q8_0")) == "the numbers of fp8_row are too far apart to be steps"
 
 
 def test_rotated_weights_are_not_taken_for_others() -> None:

@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_layouts import layouts, tasks
 
-from packfmt import codecs, fused, grids
+from packfmt import codecs, fused, grids, minifloat
 from packfmt.errors import LayoutError
+from packfmt.kernels import blocks as kernel
+from packfmt.kernels.blocks import Places
 from packfmt.layout import (
     COLS,
     ROWS,
@@ -27,6 +29,7 @@ from packfmt.layout import (
     Codes,
     Component,
     Digit,
+    Grid,
     Layout,
     Values,
     blocks,
@@ -35,6 +38,7 @@ from packfmt.layout import (
     grid,
     rows,
 )
+from packfmt.placement import pack
 
 F32 = np.float32
 Components = dict[str, npt.NDArray[np.generic]]
@@ -42,8 +46,11 @@ Components = dict[str, npt.NDArray[np.generic]]
 FITS = (
     *("q8_0", "q4_0", "mxfp4", "tq1_0", "tq2_0", "q1_0", "q2_0", "i2_s", "i2_s_arm"),
     *("sherry", "sherry_s16", "sherry_g128", "sherry_row"),
+    *("mxfp4_pairs", "mxfp4_e8m0", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8"),
+    *("nvfp4", "nvfp4_plain", "nvfp4_modelopt", "nvfp4_ct", "nvint4", "fp4_ue5m3", "nvfp4_ct_h64"),
+    *("fp8_tensor", "fp8_row", "fp8_block", "fp8_row_bf16", "fp8_block_e8m0", "e3m1_g32", "e4m2_row", "e2m0_tensor"),
 )
-UNFIT = ("f32", "bf16", "bitnet", "sherry_t32", "sherry_s16_perm", "ptqtp2")
+UNFIT = ("f32", "bf16", "bitnet", "sherry_t32", "sherry_s16_perm", "ptqtp2", "nvfp4_rows", "nvfp4_swizzled", "if4")
 
 QUADS = Axis("quads", "cols", 4)
 quads = partial(Digit, "quads")
@@ -59,6 +66,10 @@ def apart(codes: Component, scale: Component, numbers: object = TRITS, **rest: o
 
 def codes_of(*cell: Codes | Values, over: tuple[Digit, ...] = (rows(), cols(8))) -> Component:
     return Component("codes", over, cell)
+
+
+def apart_with_whole(codes: Component, scale: Component, numbers: Grid) -> Layout:
+    return Layout("toy", (codes, scale, Component("whole", (), (Values("global_scale", "<f4"),))), numbers)
 
 
 PER_TENSOR = Component("scale", (), (F4,))
@@ -82,6 +93,21 @@ EXPONENTS = Component("scale", (rows(), cols(16)), (Values("scale", "u1"),))
 SIXTEEN = grid("table", values=tuple(range(-8, 8)), exponent=200)
 LEVELS_16 = grid("levels", values=tuple(x / 4 for x in range(16)))
 
+E2M1, E4M3 = "float4_e2m1fn", "float8_e4m3fn"
+WHOLE_E5M2 = codes_of(Values("codes", "float8_e5m2"), over=(rows(), cols()))
+PER_24_E4M3 = Component("scale", (rows(), cols(24)), (Values("scale", E4M3),))
+RAGGED = Component("scale", (rows(3), cols(16)), (Values("scale", "<f4"),), ragged=True)
+
+
+def stream(bits: int, count: int) -> Component:
+    """So many codes, one after the other; a cell begins with a byte."""
+    return codes_of(Codes("codes", bits, (), (cols(1, count),)), over=(rows(), cols(count)))
+
+
+def scaled(element: str, scale: str = "", global_scale: str = "") -> Grid:
+    return grid("scaled", element=element, scale=scale, global_scale=global_scale)
+
+
 # layouts that no codec has, each with a way of lying that a kernel must find out
 TOYS = {
     "nibbles side by side, a byte a cell": apart(NIBBLES, PER_16),
@@ -91,6 +117,8 @@ TOYS = {
     "bits in order": apart(BITS, PER_ROW),
     "two bits in order, highest first": apart(FOURS_HIGH_FIRST, PER_TENSOR),
     "whole signed numbers": apart(WHOLE_I1, PER_ROW, grid("affine", zero=-7)),
+    "whole signed numbers around a large one": apart(WHOLE_I1, PER_24, grid("affine", zero=70001)),
+    "whole signed numbers around a fraction": apart(WHOLE_I1, PER_24, grid("affine", zero=1 / 3)),
     "whole unsigned numbers": apart(WHOLE_U1, PER_16, grid("affine", zero=128)),
     "levels": apart(FOURS, PER_16, LEVELS),
     "low and high bits apart": blocks("toy", 16, HALF, FOUR_LOW, ONE_HIGH, grid=TRITS),
@@ -119,10 +147,36 @@ TOYS = {
         grid("quads", stride=2, values=tuple(product((-1, 1), repeat=4))),
         (ROWS, QUADS),
     ),
+    "three bits across bytes": apart(stream(3, 8), PER_16),
+    "five bits, of which a cell has few": apart(stream(5, 8), PER_24, scaled("float5_e2m2b1")),
+    "six bits, and some to spare in each cell": apart(stream(6, 6), PER_ROW, scaled("float6_e2m3fn")),
+    "seven bits, a long cell": apart(stream(7, 48), PER_16, scaled("float7_e4m2b11")),
+    "seven bits, and a high one apart": blocks(
+        "toy",
+        16,
+        Codes("codes", 7, (), (cols(1, 16),)),
+        Codes("codes", 1, (), (cols(1, 16),), low=7),
+        HALF,
+        grid=scaled("int8_f6"),
+    ),
+    "high bits one after the other, before low ones": blocks(
+        "toy", 32, HALF, Codes("codes", 1, (), (cols(1, 32),), low=2), Codes("codes", 2, (), (cols(1, 32),)), grid=TRITS
+    ),
+    "whole floats, with infinite ones": apart(WHOLE_E5M2, PER_24, scaled("float8_e5m2")),
+    "whole numbers of a fraction": apart(WHOLE_I1, PER_ROW, scaled("int8_f6")),
+    "bytes that scale, and a number that divides": apart_with_whole(NIBBLES, PER_24_E4M3, scaled(E2M1, "", "divides")),
+    "bytes that scale, and a number that multiplies": apart_with_whole(
+        NIBBLES, PER_24_E4M3, scaled("int4", "", "times")
+    ),
+    "numbers that scale, and one that divides": apart_with_whole(NIBBLES, PER_16, scaled("sm4_f2", "", "divides")),
+    "exponents that are NaN at the top": apart(NIBBLES, EXPONENTS, scaled("int4_6/7", "float8_e8m0fnu")),
+    "scales that rows share, too": apart(WHOLE_E5M2, RAGGED, scaled("float8_e5m2")),
+    "rotated": apart(NIBBLES, PER_16, scaled(E2M1), hadamard=8),
 }
 
 ODD = {
-    "codes across bytes": apart(codes_of(Codes("codes", 3, (), (cols(1, 8),))), PER_16),
+    "codes across bytes, from the right": apart(codes_of(Codes("codes", 3, (), (cols(1, 8, True),))), PER_16),
+    "a global scale that no rule counts": apart_with_whole(NIBBLES, PER_16, scaled(E2M1)),
     "codes of nine bits": apart(codes_of(Codes("codes", 9, (), (cols(1, 8),), "<u4")), PER_16),
     "rows in a tile": apart(codes_of(Codes("codes", 4, (rows(1, 2),), (cols(1, 8),)), over=(rows(2), cols(8))), PER_16),
     "columns before rows": apart(codes_of(Codes("codes", 4, (), (cols(1, 8),)), over=(cols(8), rows())), PER_16),
@@ -244,6 +298,10 @@ def test_random_layouts_decode_to_the_same_bits(data: st.DataObject) -> None:
         FIVE_LOW,
         grid("table", values=(0, 1, 2), exponent=1),
         grid("nothing"),
+        scaled(E2M1, "", "times"),
+        scaled(E2M1, "float8_e8m0fnu"),
+        scaled("float4_e9m9"),
+        scaled("float8_e8m0fnu", "", "over"),
     ],
 )
 def test_grids_that_cannot_take_the_parts_are_refused_as_ever(numbers: object) -> None:
@@ -308,7 +366,122 @@ def test_every_group_of_five_digits_decodes_from_its_base_3_byte() -> None:
     assert (got + 1).tolist() == [list(group) for group in groups]
 
 
+# ---------------------------------------------------------------- number formats, whole
+
+SCALED = {  # a layout, the number formats of its codes and scales, and the columns that share a scale
+    "mxfp4_pairs": (E2M1, "float8_e8m0fnu", 32),
+    "mxfp6_e2m3": ("float6_e2m3fn", "float8_e8m0fnu", 32),
+    "mxfp6_e3m2": ("float6_e3m2fn", "float8_e8m0fnu", 32),
+    "mxfp8_e4m3": (E4M3, "float8_e8m0fnu", 32),
+    "mxfp8_e5m2": ("float8_e5m2", "float8_e8m0fnu", 32),
+    "mxint8": ("int8_f6", "float8_e8m0fnu", 32),
+    "nvfp4_plain": (E2M1, "ufloat7_e4m3", 16),
+    "nvfp4_modelopt": (E2M1, E4M3, 16),
+    "nvint4": ("int4", E4M3, 16),
+    "fp4_ue5m3": (E2M1, "ufloat8_e5m3", 16),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_every_code_with_every_scale_is_the_product_of_their_numbers(name: str) -> None:
+    """Each scale a row, so that those that are no number keep to themselves."""
+    layout, (element, scale, group) = codecs.get(name).layout, SCALED[name]
+    count = len(minifloat.numbers(element))
+    parts = {
+        "codes": np.resize(np.arange(count, dtype=np.uint8), (256, max(count, 64))),
+        "scale": np.arange(256, dtype=np.uint8)[:, None].repeat(max(count, 64) // group, 1),
+    }
+    with np.errstate(all="ignore"):
+        wanted = minifloat.numbers(element)[parts["codes"]] * minifloat.numbers(scale)[:, None]
+    fitted = layout.fit(*wanted.shape).parts
+    parts["global_scale"] = np.ones(fitted["global_scale"].shape, F32) if "global_scale" in fitted else F32([])
+    stored = pack(layout, wanted.shape, {k: parts[k].view(dtype_of(p.dtype)) for k, p in fitted.items()})
+    assert fused.decoder(layout) is not None
+    got = fused.decode(layout, wanted.shape, stored)
+    same = got.view(np.uint32) == wanted.view(np.uint32)
+    assert (same | np.isnan(got) & np.isnan(wanted)).all()
+    assert got.tobytes() == grids.decode(layout, wanted.shape, stored).tobytes()
+
+
+COMPUTED = (
+    *(E2M1, "float6_e2m3fn", "float6_e3m2fn", E4M3, "float8_e5m2", "sm4_f2"),
+    *("float4_e1m2b1", "float5_e3m1b3", "float6_e5m0b15", "float7_e4m2b11", "float8_e3m4b3"),
+)
+MXFP4_VALUES = codecs.get("mxfp4").layout.grid["values"]  # twice E2M1, and the -0 is a 0
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("numbers", [*map(minifloat.numbers, COMPUTED), np.array(MXFP4_VALUES, F32)])
+def test_arithmetic_gives_the_numbers_of_a_table(numbers: npt.NDArray[np.float32]) -> None:
+    how = kernel.arithmetic(numbers)
+    assert how is not None
+    finite = np.flatnonzero(np.isfinite(numbers)).astype(np.uint8)
+    assert ((finite & how.magnitude) < how.top).all()
+    codes = np.resize(finite, (1, 2 * len(numbers)))
+    places = Places(
+        1, 1, np.array([[0, 1, 0, 255, 0, 1, 0]]), *(np.zeros((0, n), np.int64) for n in (5, 4)), np.uint8([])
+    )
+    got = np.empty(codes.shape, F32)
+    unused = np.full(len(numbers), np.nan, F32)
+    assert kernel.levels(codes, places, np.ones((1, 1), F32), got, unused, how, F32(0))
+    assert got.tobytes() == numbers[codes].tobytes()
+
+
+@pytest.mark.parametrize("name", ["int4", "int8_f6", "int4_6/7", "ufloat8_e5m3", "float8_e8m0fnu"])
+def test_other_numbers_have_no_such_arithmetic(name: str) -> None:
+    assert kernel.arithmetic(minifloat.numbers(name)) is None
+
+
+def test_only_whole_numbers_of_a_power_of_two_have_a_unit() -> None:
+    units = {
+        name: float(kernel.unit_of(minifloat.numbers(name))) for name in ("int4", "int8_f6", "int4_6/7", E2M1, E4M3)
+    }
+    assert units == {"int4": 1, "int8_f6": 1 / 64, "int4_6/7": 0, E2M1: 0, E4M3: 0}
+
+
+@pytest.mark.kernels
+def test_a_scale_that_its_unit_makes_subnormal_goes_by_the_table() -> None:
+    layout = apart(WHOLE_I1, Component("scale", (rows(),), (F4,)), scaled("int8_f6"))
+    scale = np.array([2.0**-126 * 1.2345678, 1.5, 2.0**-140, np.inf, 0.0, -(2.0**-121)], F32)
+    for some in (scale, scale[1:2], scale[:1].repeat(2), scale[3:5]):
+        codes = np.arange(256, dtype=np.uint8).view(np.int8)[None].repeat(len(some), 0)
+        assert_same(layout, codes.shape, {"codes": codes, "scale": some})
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp8_e5m2", "fp8_row", "fp8_block"])
+def test_codes_that_are_no_number_meet_scales_that_are_none(name: str) -> None:
+    """Which of two NaNs a product is, the processor chooses: those few tensors go the general way."""
+    layout = codecs.get(name).layout
+    components = random_components(layout, (4, 128), 6)
+    weight, scale = (components[c.name].view(np.uint8).reshape(-1) for c in layout.components)
+    weight[:] = np.arange(512) % 256
+    for stored in (0, 0x7F, 255):
+        scale[:] = stored
+        assert_same(layout, (4, 128), components)
+
+
 # ---------------------------------------------------------------- the door
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "nvfp4_ct", "mxfp8_e5m2", "fp8_tensor", "e2m0_tensor", "tq2_0", "nvfp4_ct_h64"]
+)
+def test_what_is_written_past_the_cache_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "LEAST_THROUGH", 0)
+    monkeypatch.setattr(fused, "STRIP", 512)
+    layout = codecs.get(name).layout
+    shape = (5, 768)
+    components = random_components(layout, shape, 7)
+    wanted = grids.decode(layout, shape, components)
+    room = np.empty(wanted.size + 32, F32)
+    for start in (0, 1, 4, 15, 16):  # NumPy's arrays lie at multiples of 16 bytes
+        room[:] = 7
+        out = room[start : start + wanted.size].reshape(shape)
+        assert fused.decode(layout, shape, components, out) is out
+        assert out.tobytes() == wanted.tobytes()
+        assert (room[:start] == 7).all() and (room[start + wanted.size :] == 7).all()
 
 
 @pytest.mark.kernels

@@ -393,7 +393,10 @@ def test_several_algorithms_are_listed_by_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"lm_head|experts": "keep", "embed": "nvfp4_modelopt"}, r"model\.embed_tokens\.weight: an embedding, .* say --map '.*=keep'"),
+        (
+            {"lm_head|experts": "keep", "embed": "nvfp4_modelopt"},
+            r"model\.embed_tokens\.weight: an embedding, .* say --map '.*=keep'",
+        ),
         ({"embed|lm_head": "keep"}, r"experts\.down_proj: 3 dimensions, a linear layer has 2; .* are nvfp4_rows"),
         ({"embed|lm_head": "keep", "experts": "q8_0", "down": "nvfp4_ct"}, r"NVIDIA ModelOpt holds .*, not nvfp4_ct"),
         ({".": "keep"}, "nothing"),

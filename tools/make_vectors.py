@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -27,6 +28,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+import fp4_twin
 import house
 from ternary_twin import TWINS, Twin, numbers, ptq161, ptq161_numbers
 from ternary_twin import VERSION as TWIN
@@ -236,8 +238,283 @@ def made_of_parts() -> Made:
     return out
 
 
+# ---------------------------------------------------------------- scaled floats
+
+NAMED_SHAPES = {
+    **{name: (130, 136) for name in ("fp8_block", "fp8_block_bf16", "fp8_block_e8m0")},
+    **{"nvfp4_rows": (32, 24), "nvfp4_swizzled": (128, 128), "arcquant_64": (6, 128)},
+}
+
+
+def few_scaled_weights(rng: np.random.Generator) -> Floats:
+    """(20, 256) float32: bfloat16-valued, and what encoders of small floats stumble over."""
+    cols = 256
+    normal = narrow((rng.standard_normal((4, cols)) * 0.02).astype(F32))
+    heavy = narrow((rng.standard_t(3, (4, cols)) * 0.012).astype(F32))
+    spread = narrow(normal * np.exp2(rng.integers(-6, 7, (4, 1))).astype(F32))
+    ties = rng.integers(-24, 25, (2, cols)).astype(F32) / F32(64)
+    edges = np.zeros((6, cols), F32)
+    edges[1, ::2] = -0.0
+    edges[2] = np.resize(np.array([0.25, -0.25, 0.75, 1.25, 1.75, 2.5, 3.5, -5, 6], F32), cols) / F32(16)
+    edges[3, ::33] = -0.09375  # a lone negative peak, at another place of each block
+    peaks = np.array([1, 1.25, 1.5, 1.53125, 1.734375, 1.75, 1.875, 1.9921875], F32)  # where rules of scales differ
+    edges[4] = narrow(normal[0].clip(-0.015, 0.015))
+    edges[4, ::32] = peaks / F32(64)
+    edges[5] = normal[1] * F32(2.0**-20)
+    return np.concatenate([normal, heavy, spread, ties, edges])
+
+
+def drawn_parts(name: str) -> tuple[fp4_twin.Twin, fp4_twin.Parts]:
+    """Any codes and finite scales of a format."""
+    one = fp4_twin.TWINS[name]
+    cols = one.least[1] * max(1, 128 // one.least[1])
+    rows, cols = NAMED_SHAPES.get(name, (max(6, one.least[0]), cols))
+    return one, one.draw(rows, cols, np.random.default_rng(SEED))
+
+
+def components(out: Made, kind: str, stored: dict[str, Any], how: dict[str, Any]) -> None:
+    """Add a file for each component, or one if there is only one."""
+    for component, array in stored.items():
+        out[f"{kind}.bin" if len(stored) == 1 else f"{kind}.{component}.bin"] = (array, how)
+
+
+def by_scaled_twin(call: str, what: str) -> dict[str, Any]:
+    by = {"tool": "fp4_twin", "version": fp4_twin.VERSION, "source": "tools/fp4_twin.py", "numpy": np.__version__}
+    return {**by, "call": call, "what": what, "seed": SEED}
+
+
+def made_by_scaled_twin(name: str) -> Made:
+    """Any codes and scales of a format that tools/fp4_twin.py writes, and what they decode to."""
+    one, parts = drawn_parts(name)
+    out: Made = {}
+    components(out, "random", one.write(parts), by_scaled_twin(f"TWINS[{name!r}].write(parts)", "any codes"))
+    how = by_scaled_twin(f"TWINS[{name!r}].weights(parts)", "random decoded")
+    out["random.f32"] = (one.weights(parts), how)
+    return out
+
+
+def read_by_gguf(name: str) -> Made:
+    """nvfp4_plain: the twin's bytes, and the numbers of gguf, which reads this type but does not write it."""
+    made = made_by_scaled_twin(name)
+    kind = gguf.GGMLQuantizationType.NVFP4
+    call = "gguf.quants.dequantize(random, GGMLQuantizationType.NVFP4)"
+    by = {"tool": "gguf", "version": version("gguf"), "source": "PyPI", "call": call, "what": "random decoded"}
+    return made | {"random.f32": (gguf.quants.dequantize(made["random.bin"][0], kind), by)}
+
+
+def scheme(name: str) -> Any:
+    """The arguments of compressed-tensors for a format."""
+    quantization = import_module("compressed_tensors.quantization")
+    presets = {"nvfp4_ct": "NVFP4A16", "mxfp4_pairs": "MXFP4A16", "mxfp6_e2m3": "MXFP6A16", "mxfp8_e4m3": "MXFP8A16"}
+    if name in presets:
+        return quantization.quant_scheme.PRESET_SCHEMES[presets[name]]["weights"]
+    if name.startswith("fp8_"):
+        strategy = {"fp8_tensor": "tensor", "fp8_row": "channel", "fp8_block": "block"}[name]
+        block = [128, 128] if strategy == "block" else None
+        return quantization.QuantizationArgs(num_bits=8, type="float", strategy=strategy, block_structure=block)
+    bits = int(name[len("ct_int")])
+    group = next((int(r[1:]) for r in name.split("_") if r[0] == "g" and r[1:].isdigit()), None)
+    strategy = "group" if group else "channel"
+    return quantization.QuantizationArgs(
+        num_bits=bits, symmetric="asym" not in name, strategy=strategy, group_size=group
+    )
+
+
+def made_by_compressed_tensors(name: str) -> Made:
+    """What compressed-tensors packs of weights, and what it reads: all of it computed in float32."""
+    import torch
+
+    compressors = import_module("compressed_tensors.compressors")
+    quantization = import_module("compressed_tensors.quantization")
+    helpers = import_module("compressed_tensors.quantization.utils")
+    args = scheme(name)
+    by = {"tool": "compressed-tensors", "version": version("compressed-tensors"), "source": "PyPI"}
+    by["torch"] = version("torch")
+    out: Made = {}
+    kind = {"nvfp4_ct": "nvfp4-pack-quantized", "mxfp4_pairs": "mxfp4-pack-quantized"}.get(name)
+    kind = kind or {"mxfp6_e2m3": "mxfp6-pack-quantized", "mxfp8_e4m3": "mxfp8-quantized"}.get(name)
+    kind = kind or ("float-quantized" if name.startswith("fp8") else "pack-quantized")
+    packer = compressors.BaseCompressor.get_value_from_registry(kind)
+    whole = quantization.QuantizationScheme(targets=["Linear"], weights=args)
+    rng = np.random.default_rng(SEED)
+    call = "few_scaled_weights() of tools/make_vectors.py"
+    weight = few_scaled_weights(rng)
+    if name == "fp8_block":
+        weight = narrow(rng.standard_normal(NAMED_SHAPES[name]).astype(F32))
+        call = "narrow(standard_normal((130, 136)))"
+    drawn = {"tool": "numpy", "version": np.__version__, "call": call, "seed": SEED, "what": "weights to encode"}
+    dense = torch.from_numpy(weight)
+    if args.strategy == "block":
+        down, along = args.block_structure
+        strips = [torch.split(dense[r : r + down], along, 1) for r in range(0, len(dense), down)]
+        low = torch.stack([torch.stack([b.min() for b in row]) for row in strips])
+        high = torch.stack([torch.stack([b.max() for b in row]) for row in strips])
+    elif args.strategy == "tensor":
+        low, high = dense.min(), dense.max()
+    else:
+        groups = dense.reshape(len(dense), -1, args.group_size or dense.shape[1])
+        low, high = groups.amin(-1), groups.amax(-1)
+    extra = {"weight_global_scale": helpers.generate_gparam(dense.min(), dense.max())} if name == "nvfp4_ct" else {}
+    scale, zero = helpers.calculate_qparams(low, high, args, global_scale=extra.get("weight_global_scale"))
+    state = {"weight": dense.clone(), "weight_scale": scale, **extra}
+    if not args.symmetric:
+        state["weight_zero_point"] = zero
+    stored = packer.compress(state, whole)
+    out["weights.f32"] = (weight, drawn)
+    how = {**by, "call": f"{packer.__name__}.compress(...)", "what": "weights.f32 encoded"}
+    arrays = named(name, stored)
+    # of float32 weights, its FP8 rule is what packfmt calls amax
+    components(out, "packed", arrays, {**how, "encoder": "amax" if name in FP8 else "compressed-tensors"})
+    out["decoded.f32"] = (
+        read_by_compressed_tensors(args, arrays, weight.shape),
+        {**by, "call": "read_by_compressed_tensors() of tools/make_vectors.py", "what": "packed decoded"},
+    )
+    return out | read_again_by_compressed_tensors(name, args, by)
+
+
+def named(name: str, stored: dict[str, Any]) -> dict[str, Any]:
+    """The tensors that compressed-tensors stores, as arrays of whole numbers and float32, in packfmt's order."""
+    import torch
+
+    order = ("weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_zero_point")
+    out = {}
+    for key in (k for k in order if k in stored):
+        tensor = stored[key].contiguous()
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensor = tensor.view(torch.uint8)
+        array = tensor.numpy()
+        out["weight_scale_inv" if (name, key) == ("fp8_block", "weight_scale") else key] = array
+    return out
+
+
+def read_by_compressed_tensors(args: Any, stored: dict[str, Any], shape: tuple[int, ...]) -> Any:
+    """The package's own unpacking, and its `dequantize` of float32 numbers and float32 scales."""
+    import torch
+
+    four = import_module("compressed_tensors.compressors.nvfp4.helpers").unpack_fp4_from_uint8
+    six = import_module("compressed_tensors.compressors.mxfp6.helpers").unpack_fp6_from_uint8
+    whole_numbers = import_module("compressed_tensors.compressors.pack_quantized.helpers").unpack_from_int32
+    dequantize = import_module("compressed_tensors.quantization.lifecycle.forward").dequantize
+
+    def whole(name: str) -> Any:
+        return torch.from_numpy(np.ascontiguousarray(stored[name]))
+
+    scale = whole("weight_scale_inv" if "weight_scale_inv" in stored else "weight_scale")
+    zero = None
+    if args.type == "float" and args.num_bits == 8:
+        codes = whole("weight").view(torch.float8_e4m3fn).float()
+    elif args.type == "float":
+        unpack = {4: four, 6: six}[args.num_bits]
+        codes = unpack(whole("weight_packed"), *shape, dtype=torch.float32)
+    else:
+        codes = whole_numbers(whole("weight_packed"), args.num_bits, torch.Size(shape))
+    if args.group_size == 32 and args.type == "float":
+        scale = torch.exp2(scale.float() - 127)
+    elif scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e4m3fn).float()
+    elif scale.dtype == torch.uint16:
+        scale = scale.view(torch.bfloat16).float()
+    if not args.symmetric:
+        zero = whole("weight_zero_point")
+        zero = whole_numbers(zero, args.num_bits, torch.Size((shape[0], scale.shape[1])), packed_dim=0)
+    g = whole("weight_global_scale") if "weight_global_scale" in stored else None
+    return dequantize(codes, scale.float(), zero, args, torch.float32, g).numpy()
+
+
+def read_again_by_compressed_tensors(name: str, args: Any, by: dict[str, Any]) -> Made:
+    """Any codes and scales that the twin wrote, and the package's numbers."""
+    made = made_by_scaled_twin(name)
+    files = {file: array for file, (array, _) in made.items() if file.endswith(".bin")}
+    stored = {file.split(".")[1]: array for file, array in files.items()}
+    call = "read_by_compressed_tensors() of tools/make_vectors.py"
+    found = read_by_compressed_tensors(args, stored, made["random.f32"][0].shape)
+    return made | {"random.f32": (found, {**by, "call": call, "what": "random decoded"})}
+
+
+def made_by_modelopt(name: str) -> Made:
+    """nvfp4_modelopt: what ModelOpt packs, and what it reads."""
+    import torch
+
+    tensor = import_module("modelopt.torch.quantization.qtensor.nvfp4_tensor").NVFP4QTensor
+    by = {"tool": "nvidia-modelopt", "version": version("nvidia-modelopt"), "source": "PyPI", "torch": version("torch")}
+    weight = few_scaled_weights(np.random.default_rng(SEED))
+    call = "few_scaled_weights() of tools/make_vectors.py"
+    drawn = {"tool": "numpy", "version": np.__version__, "call": call, "seed": SEED, "what": "weights to encode"}
+    packed, scale, whole = tensor.quantize(torch.from_numpy(weight.copy()), 16)
+    stored = {"weight": packed._quantized_data, "weight_scale": scale.view(torch.uint8), "weight_scale_2": whole}
+    arrays = {key: np.atleast_1d(array.numpy()) for key, array in stored.items()}
+    out: Made = {"weights.f32": (weight, drawn)}
+    how = {**by, "call": "NVFP4QTensor.quantize(weight, 16)", "what": "weights.f32 encoded", "encoder": "modelopt"}
+    components(out, "packed", arrays, how)
+    how = {**by, "call": "NVFP4QTensor(...).dequantize(float32, scale, double_scale, block_sizes={-1: 16})"}
+
+    def read(shape: tuple[int, ...], codes: Any, scale: Any, whole: Any) -> Any:
+        held = tensor(torch.Size(shape), torch.float32, torch.from_numpy(codes))
+        eight = torch.from_numpy(scale).view(torch.float8_e4m3fn)
+        given = {"scale": eight, "double_scale": torch.from_numpy(whole), "block_sizes": {-1: 16}}
+        return held.dequantize(torch.float32, **given).numpy()
+
+    out["decoded.f32"] = (read(weight.shape, *arrays.values()), {**how, "what": "packed decoded"})
+    made = made_by_scaled_twin(name)
+    codes = [array for file, (array, _) in made.items() if file.endswith(".bin")]
+    out |= made
+    out["random.f32"] = (read(made["random.f32"][0].shape, *codes), {**how, "what": "random decoded"})
+    return out
+
+
+def encoded_by_others(name: str, tool: str) -> Made:
+    """weights.f32 as another tool packs it."""
+    import torch
+
+    weight = few_scaled_weights(np.random.default_rng(SEED))
+    dense = torch.from_numpy(weight.copy())
+    if tool == "modelopt":
+        kind = "MXFP4QTensor" if name == "mxfp4_pairs" else "MXFP8QTensor"
+        module = import_module(f"modelopt.torch.quantization.qtensor.{kind[:5].lower()}_tensor")
+        packed, scale = (
+            getattr(module, kind).quantize(dense, 32) if kind[4] == "4" else module.MXFP8QTensor.quantize(dense)
+        )
+        codes = packed._quantized_data.view(torch.uint8)
+        stored, call = [codes, scale.reshape(len(weight), -1)], f"{kind}.quantize(weights)"
+    elif name == "mxfp4_e8m0":
+        mx = import_module("torchao.prototype.mx_formats.mx_tensor")
+        scale, codes = mx.to_mx(dense, torch.float4_e2m1fn_x2, 32, mx.ScaleCalculationMode.FLOOR)
+        stored, call = [codes.view(torch.uint8), scale.view(torch.uint8)], "to_mx(weights, float4_e2m1fn_x2, 32, FLOOR)"
+    else:
+        nv = import_module("torchao.prototype.mx_formats.nvfp4_tensor")
+        whole = nv.per_tensor_amax_to_scale(dense.abs().max())
+        scale, codes = nv.nvfp4_quantize(dense, 16, whole)
+        stored, call = [codes, scale.view(torch.uint8), whole.reshape(1)], "nvfp4_quantize(weights, 16, scale)"
+    package = {"modelopt": "nvidia-modelopt"}.get(tool, tool)
+    how = {"tool": package, "version": version(package), "source": "PyPI", "torch": version("torch"), "call": call}
+    how |= {"what": "weights.f32 encoded", "encoder": tool}
+    components = [key.split(".")[1] for key in made_by_scaled_twin(name) if key.endswith(".bin")]
+    arrays = dict(zip(components, (array.numpy() for array in stored), strict=True))
+    out: Made = {f"{tool}.{component}.bin": (array, how) for component, array in arrays.items()}
+    call = "few_scaled_weights() of tools/make_vectors.py"
+    drawn = {"tool": "numpy", "version": np.__version__, "call": call, "seed": SEED, "what": "weights to encode"}
+    return out | {"weights.f32": (weight, drawn)}
+
+
+OTHERS = {"mxfp4_pairs": "modelopt", "mxfp8_e4m3": "modelopt", "mxfp4_e8m0": "torchao", "nvfp4_modelopt": "torchao"}
+FP8 = ("fp8_tensor", "fp8_row", "fp8_block")
+COMPRESSED_TENSORS = ("nvfp4_ct", "mxfp4_pairs", "mxfp6_e2m3", "mxfp8_e4m3", *FP8, "ct_int5_row_f32")
+
+
+def made_of_scales(name: str) -> Made:
+    """All vectors of a format of scaled floats or small integers."""
+    more = encoded_by_others(name, OTHERS[name]) if name in OTHERS else {}
+    if name in COMPRESSED_TENSORS:
+        return made_by_compressed_tensors(name) | more
+    if name == "nvfp4_plain":
+        return read_by_gguf(name)
+    return more | (made_by_modelopt(name) if name == "nvfp4_modelopt" else made_by_scaled_twin(name))
+
+
 def make(name: str) -> Made:
     """All vectors of a format."""
+    if name in fp4_twin.TWINS:
+        return made_of_scales(name)
     if name in RANDOM_BLOCKS:
         return made_by_gguf(name)
     if name == "ptq161":
@@ -263,7 +540,7 @@ def write(name: str, made: Made, manifest: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     manifest = json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
-    every = (*RANDOM_BLOCKS, "bitnet", "bitnet_divide", "ptq161", *TWINS)
+    every = (*RANDOM_BLOCKS, "bitnet", "bitnet_divide", "ptq161", *TWINS, *fp4_twin.TWINS)
     findings = [line for name in sys.argv[1:] or every for line in write(name, make(name), manifest)]
     MANIFEST.parent.mkdir(parents=True, exist_ok=True)
     MANIFEST.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")

@@ -66,8 +66,9 @@ E8M0 = _layout(
     ("NVIDIA ModelOpt a2fbac7, examples/deepseek/deepseek_v4",), e8m0=True, also=(("deepseek", "mxfp4"),),
 )  # fmt: skip
 E2M3 = _layout(
-    "mxfp6_e2m3", _sixes(), "float6_e2m3fn", "6-bit floats, three bits of mantissa, a power of two for 32", ()
-)
+    "mxfp6_e2m3", _sixes(), "float6_e2m3fn", "6-bit floats, three bits of mantissa, a power of two for 32",
+    (f"{CT}/mxfp6",), also=(("compressed_tensors", "mxfp6-pack-quantized"),),
+)  # fmt: skip
 E3M2 = _layout("mxfp6_e3m2", _sixes(), "float6_e3m2fn", "6-bit floats, two bits of mantissa, a power of two for 32", ())
 E4M3 = _layout(
     "mxfp8_e4m3", _bytes("float8_e4m3fn"), "float8_e4m3fn",
@@ -114,7 +115,7 @@ def _four_codec(layout: Layout, **dtypes: str) -> Codec:
 CODECS = {
     "mxfp4_pairs": _four_codec(PAIRS),
     "mxfp4_e8m0": _four_codec(E8M0, scale="float8_e8m0fnu"),
-    "mxfp6_e2m3": _codec(E2M3, ("best", "ocp")),
+    "mxfp6_e2m3": _codec(E2M3, ("best", "ocp", "compressed-tensors")),
     "mxfp6_e3m2": _codec(E3M2, ("best", "ocp")),
     "mxfp8_e4m3": _codec(E4M3, ("best", "ocp", "compressed-tensors", "modelopt"), "float8_e4m3fn"),
     "mxfp8_e5m2": _codec(E5M2, ("best", "ocp"), "float8_e5m2"),

@@ -1,0 +1,968 @@
+"""Choose codes and scales for formats whose weights are a small number times a scale.
+
+    mx               MXFP6, MXFP8, MXINT8: 32 weights share a power of two
+    nvint4, if4      16 weights share a float8_e4m3fn scale, the tensor one float32
+    fp4_ue5m3        16 weights share an unsigned E5M3 scale
+    fp8, minifloat   a tensor, a row, a group of columns or a tile shares a scale
+    packed_int       whole numbers, with or without a zero point; a row or a group shares a scale
+
+A door takes (rows, cols) float32, finite, and returns the parts of its layout. All arithmetic is float32, each
+operation rounding on its own, unless said otherwise. A block depends on nothing but its own weights and the
+tensor's largest magnitude, and every sum has one order, so threads and vectors cannot change a bit.
+
+The same for every element format (`Element`): a weight w with scale s is y = abs(w / s) / unit units; its code is
+the nearest, ties to the even code, at most that of the largest number; no code of NaN or infinity is written.
+Formats of sign and magnitude keep the sign of a weight that becomes zero, as the casts of ml_dtypes and torch do.
+A block of zeros has scale byte 0.
+
+"best" tries several scales and keeps the one with the least squared error, weighted by `importance` if given.
+The error of a scale is the sum of importance * (y - nearest)**2 in the order of the columns, times the square of
+the scale relative to the starting one. In it, y is in units of the largest power of two up to the format's largest
+number. The first of equals wins; where sums overflow float32, the starting scale stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log2
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from packfmt.errors import LayoutError
+from packfmt.kernels import threads
+
+LEAST_WEIGHTS = 1 << 15  # worth a thread
+LANES = 16  # blocks side by side, so that each sums its own weights in order
+F32, I32 = np.float32, np.int32
+ZERO, ONE = F32(0), F32(1)
+INFINITY = F32(np.inf)
+BIT = I32(1)
+WHOLE = F32(2.0**23)  # x + WHOLE is a whole number for 0 <= x < WHOLE, in the low bits of the sum
+WHOLE_BITS = I32(0x4B000000)
+EXPONENT = I32(23)  # bits below a float32's exponent
+EXPONENT_BITS = I32(0x7F800000)
+SIGN = I32(31)
+MAGNITUDE = I32(0x7FFFFFFF)  # a float32 without its sign
+SEVEN_BITS = I32(127)
+BFLOAT16, LAST_KEPT, BELOW_HALF = I32(-0x10000), I32(16), I32(0x7FFF)
+
+FLOOR, CEIL, NEAREST = 0, 1, 2  # how a block's peak gives its starting scale
+
+
+class Element(NamedTuple):
+    """A number format: 0, unit, 2 * unit ... to 2**(mantissa + 1) * unit, then floats of so many bits of mantissa.
+
+    Codes are found in units. Errors are computed in tops, the largest power of two up to the largest number.
+    """
+
+    shift: np.int32  # bits of a float32's mantissa that are rounded off
+    offset: np.int32  # of the codes against the remaining bits of a float32
+    dense: np.float32  # below so many units all numbers are whole units
+    top: np.int32  # the code of the largest number
+    largest: np.float32
+    per_unit: np.float32
+    per_top: np.float32
+    most: np.float32  # the largest number in tops
+    least: np.int32  # the bits of 2**mantissa units in tops: from there down numbers are as far apart
+    mask: np.int32  # bits of a code
+    sign: np.int32  # where the sign bit is; two's complement: -1
+
+
+def _element(mantissa: int, unit: float, top: int, bits: int, twos: bool = False) -> Element:
+    shift, offset = 23 - mantissa, (126 + mantissa) << mantissa
+    units = float(top)
+    if top >= 2 << mantissa:
+        units = float(np.array((top + offset) << shift, np.int32).view(np.float32))
+    power = int(np.frexp(units)[1]) - 1
+    return Element(
+        shift=I32(shift),
+        offset=I32(offset),
+        dense=F32(2 << mantissa),
+        top=I32(top),
+        largest=F32(units * unit),
+        per_unit=F32(1 / unit),
+        per_top=np.ldexp(F32(1 / unit), -power),
+        most=F32(units * 2.0**-power),
+        least=I32((127 + mantissa - power) << 23),
+        mask=I32((1 << bits) - 1),
+        sign=I32(-1 if twos else bits - 1),
+    )
+
+
+def _whole(unit: float, top: int, bits: int) -> Element:
+    """Whole numbers of units to `top` either way, in two's complement."""
+    return _element(21, unit, top, bits, twos=True)
+
+
+E2M1 = _element(1, 0.5, 7, 4)
+E4M3 = _element(3, 2.0**-9, 0x7E, 8)
+E5M3 = _element(3, 2.0**-17, 0xFE, 9)  # without a sign
+INT4 = _whole(1, 7, 4)
+INT4_OF_SIX = _whole(6 / 7, 7, 4)
+
+
+def element(numbers: np.ndarray) -> Element:
+    """What the loops need to know of a number format.
+
+    Parameters
+    ----------
+    numbers : (2**bits,) float32, the number of every code. The first codes ascend from 0, as far as they are finite;
+        the other half are their negatives, in sign and magnitude or two's complement
+
+    Raises
+    ------
+    LayoutError
+        If these are neither whole multiples of a unit nor the numbers of a minifloat, whose unit is a power of two.
+    """
+    size = len(numbers)
+    with np.errstate(invalid="ignore"):
+        rises = np.flatnonzero(~(np.diff(numbers.astype(np.float64)) > 0) | ~np.isfinite(numbers[1:]))
+    top = int(rises[0]) if rises.size else size - 1
+    units = numbers[: top + 1].astype(np.float64) / float(numbers[1])
+    odd = np.flatnonzero(units != np.arange(top + 1))
+    twos = bool(numbers[-1] == -numbers[1]) and top == size // 2 - 1
+    mantissa = max(0, int(odd[0] - 1).bit_length() - 2) if odd.size else 21
+    bits = size.bit_length() - 1
+    if numbers[0] == 0 and (126 + mantissa << mantissa) + top < 255 << mantissa:
+        found = _element(mantissa, float(numbers[1]), top, bits if top < size // 2 else bits + 1, twos)
+        if np.array_equal(_numbers(found), numbers[: top + 1]):
+            return found
+    raise LayoutError(f"the numbers of {size} codes are those of no minifloat; codes 0 to {top} were compared")
+
+
+def _numbers(kind: Element) -> np.ndarray:
+    """(top + 1,) float32: the numbers of the codes from 0."""
+    code = np.arange(kind.top + 1, dtype=np.int32)
+    large = (np.maximum(code, I32(kind.dense)) + kind.offset) << kind.shift
+    units = np.where(code < kind.dense, code.astype(F32), large.view(F32))
+    return units * (ONE / kind.per_unit)
+
+
+def nearest(weight: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """(rows, cols) uint8: the code of the number nearest to each weight, as the module says.
+
+    Raises
+    ------
+    LayoutError
+        If `numbers` is none that `element` knows.
+    """
+    scale = np.ones((1, 1), F32)
+    return _encode(weight, scale, element(numbers), *weight.shape)
+
+
+# ---------------------------------------------------------------- blocks with a scale of one byte
+
+
+def mx(
+    weight: np.ndarray, numbers: np.ndarray, rule: str = "best", importance: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """32 weights share a power of two: the MX formats of any element.
+
+    With f = floor(log2(peak)) - emax, where emax is floor(log2(largest number)), the exponent is
+
+    - "best": f - 1, f or f + 1. Without importance no other has a smaller error.
+    - "ocp": f (section 6.3; ggml, torchao's FLOOR), so the peak may lie above the largest number
+    - "compressed-tensors": f + 1 from 1.75 * 2**floor(log2(peak)) on, with elements of six bits from 1.9375, else f
+    - "modelopt": ceil(log2(peak / largest)), the quotient and its logarithm rounded to float32
+
+    but at least -127, and at most 127 - emax, so that no number overflows float32.
+
+    Parameters
+    ----------
+    weight : (rows, cols) float32, finite; cols a multiple of 32
+    numbers : (2**bits,) float32, the number of every code
+    rule : one of the above
+    importance : (1 or rows, cols) float32, 0 or more; only "best" looks at it
+
+    Returns
+    -------
+    codes (rows, cols) uint8, scale (rows, cols / 32) uint8: float8_e8m0fnu's bytes, never 255
+
+    Raises
+    ------
+    LayoutError
+        If there is no such rule, or cols or numbers are not as stated.
+
+    Source: OCP Microscaling Formats (MX) 1.0; compressed-tensors 0.20.0, quantization/utils/mxfp_utils.py;
+    nvidia-modelopt 0.47.0, quantization/qtensor/mxfp8_tensor.py
+    """
+    kind = element(numbers)
+    largest = kind.largest
+    emax = int(np.frexp(largest)[1]) - 1
+    known(rule, "mx", ("best", "ocp", "compressed-tensors", "modelopt"))
+    carry = 0
+    if rule == "compressed-tensors":
+        carry = 1 << 19 if kind.mask == 63 else 1 << 21
+    how = CEIL if rule == "modelopt" else FLOOR
+    scales = np.ldexp(ONE, np.minimum(np.arange(256), 254) - 127)
+    start = Start(I32(how), I32(emax), I32(carry), F32(largest), ONE, E4M3)
+    beside = I32(1 if rule == "best" else 0)
+    window = Window(-beside, beside, I32(0), I32(254 - emax))
+    codes, scale = _blocks(weight, 32, (kind, kind), scales, start, window, importance)
+    return {"codes": codes, "scale": scale}
+
+
+def nvint4(
+    weight: np.ndarray,
+    rule: str = "best",
+    peak: float | None = None,
+    importance: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Whole numbers of -7 to 7; 16 weights share a float8_e4m3fn scale, the tensor a float32 that multiplies.
+
+    - "best": the global scale is a power of two, the smallest that keeps peak / 7 at 448 or below; of the scale codes
+      from 2 below the one nearest to the block's peak / 7 to 6 above, the best
+    - "rtn": the global scale is peak / (7 * 448); the scale nearest to the block's peak / 7 / global
+
+    Parameters
+    ----------
+    weight : (rows, cols) float32, finite; cols a multiple of 16
+    rule : one of the above
+    peak : the largest magnitude of all tensors that share the global scale; None: of this one
+    importance : (1 or rows, cols) float32, 0 or more; only "best" looks at it
+
+    Returns
+    -------
+    codes (rows, cols) uint8, two's complement in 4 bits; scale (rows, cols / 16) uint8, float8_e4m3fn's bytes;
+    global_scale (1,) float32
+
+    Raises
+    ------
+    LayoutError
+        If there is no such rule, or cols are not as stated.
+
+    Source: fouroversix 00e70335, quantize/pytorch/reference.py
+    """
+    whole = _global(weight, peak, INT4, known(rule, "nvint4", ("best", "rtn")) == "best")
+    return _sixteen(weight, (INT4, INT4), E4M3, whole, AROUND if rule == "best" else (0, 0), importance)
+
+
+def if4(
+    weight: np.ndarray,
+    rule: str = "best",
+    peak: float | None = None,
+    importance: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """16 weights are float4_e2m1fn or whole numbers of 6/7, whichever has the smaller error, times float8_e4m3fn.
+
+    - "best": the global scale is a power of two, as for `nvint4` with 6 for 7; the scale codes as there, for both
+      elements
+    - "fouroversix": the global scale is peak / (6 * 448), the scale the nearest to the block's peak / 6 / global
+
+    E2M1 wins among equals, smaller scales among equals of an element.
+
+    Parameters
+    ----------
+    weight : (rows, cols) float32, finite; cols a multiple of 16
+    rule : one of the above
+    peak : the largest magnitude of all tensors that share the global scale; None: of this one
+    importance : (1 or rows, cols) float32, 0 or more
+
+    Returns
+    -------
+    codes (rows, cols) uint8 of 4 bits; scale (rows, cols / 16) uint8, float8_e4m3fn's bytes, bit 7 set where codes
+    are two's complement; global_scale (1,) float32, which multiplies
+
+    Raises
+    ------
+    LayoutError
+        If there is no such rule, or cols are not as stated.
+
+    Source: fouroversix 00e70335, quantize/pytorch/reference.py (`select_intfloat`)
+    """
+    whole = _global(weight, peak, E2M1, known(rule, "if4", ("best", "fouroversix")) == "best")
+    return _sixteen(weight, (E2M1, INT4_OF_SIX), E4M3, whole, AROUND if rule == "best" else (0, 0), importance)
+
+
+def fp4_ue5m3(weight: np.ndarray, rule: str = "best", importance: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """float4_e2m1fn; 16 weights share a scale of five bits of exponent and three of mantissa, without a sign.
+
+    "rtn": the scale nearest to peak / 6; "best": of the codes from 2 below to 6 above it, the best.
+
+    Parameters
+    ----------
+    weight : (rows, cols) float32, finite; cols a multiple of 16
+    rule : one of the above
+    importance : (1 or rows, cols) float32, 0 or more; only "best" looks at it
+
+    Returns
+    -------
+    codes (rows, cols) uint8 of 4 bits, scale (rows, cols / 16) uint8
+
+    Raises
+    ------
+    LayoutError
+        If there is no such rule, or cols are not as stated.
+    """
+    around = AROUND if known(rule, "fp4_ue5m3", ("best", "rtn")) == "best" else (0, 0)
+    parts = _sixteen(weight, (E2M1, E2M1), E5M3, ONE, around, importance)
+    del parts["global_scale"]
+    return parts
+
+
+# scale codes about the nearest; on Gaussian and heavy-tailed weights all others gain below 0.01 % more
+AROUND = (-2, 6)
+LEAST_GLOBAL = -117  # the smallest block scale times 2**-117 is a normal float32
+
+
+class Start(NamedTuple):
+    """How a block's peak gives the code of its starting scale."""
+
+    how: np.int32
+    emax: np.int32
+    carry: np.int32  # added to the peak's bits before its exponent is taken
+    largest: np.float32
+    whole: np.float32  # the global scale
+    scale: Element
+
+
+class Window(NamedTuple):
+    """Scale codes to try, relative to the starting one and absolutely."""
+
+    first: np.int32
+    last: np.int32
+    least: np.int32
+    most: np.int32
+
+
+def _global(weight: np.ndarray, peak: float | None, kind: Element, two: bool) -> np.float32:
+    """The scale of a tensor: peak / (largest * 448), or the power of two from there on; 1 for zeros."""
+    top = _peak(weight) if peak is None else F32(peak)
+    exact = float(top) / (float(kind.largest) * 448)
+    if not top > 0:
+        return ONE
+    if not two:
+        return max(F32(top / F32(kind.largest * F32(448))), F32(2.0**LEAST_GLOBAL))
+    fraction, exponent = np.frexp(exact)
+    return np.ldexp(ONE, max(LEAST_GLOBAL, int(exponent) - (fraction == 0.5)))
+
+
+def _sixteen(weight, kinds, scale_kind, whole, around, importance):
+    """Blocks of 16 with scales of `scale_kind` times `whole`."""
+    largest = kinds[0].largest
+    scales = np.zeros(256, F32)
+    with np.errstate(over="ignore"):
+        scales[: scale_kind.top + 1] = _numbers(scale_kind) * whole
+        most = np.flatnonzero(np.isfinite(scales[: scale_kind.top + 1] * largest))[-1]
+    start = Start(I32(NEAREST), I32(0), I32(0), F32(largest), F32(whole), scale_kind)
+    window = Window(I32(around[0]), I32(around[1]), I32(1), I32(most))
+    codes, scale = _blocks(weight, 16, kinds, scales, start, window, importance)
+    return {"codes": codes, "scale": scale, "global_scale": np.array([whole], F32)}
+
+
+def _blocks(weight, size, kinds, scales, start, window, importance):
+    """Share all blocks among threads: codes (rows, cols) and scale codes (rows, cols / size), uint8."""
+    rows, cols = weight.shape
+    if cols % size:
+        raise LayoutError(f"{cols} columns, needs a multiple of {size}")
+    weighs = importance_of(weight, importance).reshape(-1, size)
+    blocks = np.ascontiguousarray(weight, F32).reshape(-1, size)
+    codes, scale = np.empty(blocks.shape, np.uint8), np.empty(len(blocks), np.uint8)
+    each = cols // size
+
+    def work(first: int, last: int) -> None:
+        desk = _desk(size)
+        _sweep(blocks, weighs, first * each, last * each, kinds, scales, start, window, desk, codes, scale)
+
+    share_rows(work, weight)
+    return codes.reshape(rows, cols), scale.reshape(rows, each)
+
+
+def importance_of(weight, importance):
+    """(1 or rows, cols) float32, contiguous."""
+    rows, cols = weight.shape
+    if importance is None:
+        return np.ones((1, cols), F32)
+    if importance.shape not in ((1, cols), (rows, cols)):
+        raise LayoutError(f"importance is {importance.shape}, needs (1, {cols}) or {weight.shape}")
+    return np.ascontiguousarray(importance, F32)
+
+
+def known(rule: str, name: str, rules: tuple[str, ...], what: str = "rule") -> str:
+    """The rule, if it is one of `rules`."""
+    if rule not in rules:
+        raise LayoutError(f"{name}: no {what} is called {rule!r}; there are {', '.join(rules)}")
+    return rule
+
+
+def share_rows(work: Callable[[int, int], None], weight: np.ndarray) -> None:
+    """Call work(first row, end) for all rows, on as many threads as they are worth."""
+    rows, cols = weight.shape
+    threads.spread(work, rows, -(-LEAST_WEIGHTS // max(1, cols)))
+
+
+def _peak(weight: np.ndarray) -> np.float32:
+    return F32(_row_peaks(weight, max(1, weight.shape[1])).max(initial=0))
+
+
+class Desk(NamedTuple):
+    """What a thread works with: LANES blocks side by side."""
+
+    weight: np.ndarray  # (size, LANES): magnitudes
+    weighs: np.ndarray  # (size, LANES): their importance
+    peak: np.ndarray  # (LANES,)
+    base: np.ndarray  # (LANES,) int32: codes of the starting scales
+    scale: np.ndarray  # (LANES,): of the candidate
+    error: np.ndarray  # (LANES,)
+    best: np.ndarray  # (LANES,): the least error so far
+    code: np.ndarray  # (LANES,) int32: and its scale; 256 more for the second element
+
+
+def _desk(size: int) -> Desk:
+    lanes = [np.zeros(LANES, dtype) for dtype in (F32, I32, F32, F32, F32, I32)]
+    return Desk(np.zeros((size, LANES), F32), np.zeros((size, LANES), F32), *lanes)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _code(y, kind):
+    """The code nearest to y >= 0 units, ties to the even code, at most the largest number's."""
+    bits = F32(y).view(np.int32)
+    odd = ((bits >> kind.shift) - kind.offset) & BIT
+    large = ((bits + ((BIT << (kind.shift - BIT)) - BIT) + odd) >> kind.shift) - kind.offset
+    small = F32(y + WHOLE).view(np.int32) - WHOLE_BITS
+    return min(small if y < kind.dense else large, kind.top)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _rounded(y, kind):
+    """The number nearest to y >= 0 tops, in tops; of two, either.
+
+    y + step - step is a multiple of a float32's last place in step, which has y's exponent and so many bits more.
+    """
+    inside = min(F32(y), kind.most)
+    exponent = max(F32(inside).view(np.int32) & EXPONENT_BITS, kind.least)
+    step = I32(exponent + (kind.shift << EXPONENT)).view(np.float32)
+    return F32(F32(inside + step) - step)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _signed(code, w, kind):
+    """The byte of a magnitude's code and the sign of w."""
+    negative = (F32(w).view(np.int32) >> SIGN) & BIT
+    if kind.sign < 0:
+        return np.uint8((code ^ -negative) + negative & kind.mask)
+    return np.uint8(code | (negative << kind.sign))
+
+
+@njit(cache=True, nogil=True)
+def _sweep(blocks, weighs, first, last, kinds, scales, start, window, desk, codes, scale):
+    """Blocks first to last: blocks (n, size), weighs (m, size), codes (n, size), scale (n,)."""
+    base, code = desk.base, desk.code
+    two = kinds[0].per_unit != kinds[1].per_unit
+    for block in range(first, last, LANES):
+        _load(blocks, weighs, block, last, desk)
+        for lane in range(LANES):
+            base[lane] = min(max(_start(desk.peak[lane], start), window.least), window.most)
+            code[lane] = base[lane]
+        if window.first < window.last or two:
+            desk.best[:] = INFINITY
+            _try(kinds[0], scales, window, I32(0), desk)
+            if two:
+                _try(kinds[1], scales, window, I32(256), desk)
+        for lane in range(min(LANES, last - block)):
+            i = block + lane
+            if desk.peak[lane] == ZERO:
+                code[lane] = I32(0)
+            found = code[lane] & I32(255)
+            if code[lane] > I32(255):
+                scale[i] = np.uint8(found + I32(128))
+                _write(blocks[i], scales[found], kinds[1], codes[i])
+            else:
+                scale[i] = np.uint8(found)
+                _write(blocks[i], scales[found], kinds[0], codes[i])
+
+
+@njit(cache=True, nogil=True)
+def _load(blocks, weighs, block, last, desk):
+    """Lay LANES blocks side by side; beyond the last, the last again."""
+    weight, importance, peak = desk.weight, desk.weighs, desk.peak
+    for lane in range(LANES):
+        i = min(block + lane, last - 1)
+        k = i % weighs.shape[0]
+        for j in range(blocks.shape[1]):
+            weight[j, lane] = abs(blocks[i, j])
+            importance[j, lane] = weighs[k, j]
+    peak[:] = ZERO
+    for j in range(blocks.shape[1]):
+        for lane in range(LANES):
+            peak[lane] = max(peak[lane], weight[j, lane])
+
+
+@njit(cache=True, nogil=True)
+def _start(peak, start):
+    """The code of the starting scale of a block with this peak."""
+    if start.how == NEAREST:
+        share = F32(F32(peak / start.largest) / start.whole)
+        return _code(F32(share * start.scale.per_unit), start.scale)
+    if start.how == FLOOR:
+        return ((F32(peak).view(np.int32) + start.carry) >> EXPONENT) - start.emax
+    share = F32(peak / start.largest)
+    return I32(np.ceil(F32(log2(np.float64(share))))) + SEVEN_BITS if share > ZERO else I32(0)
+
+
+@njit(cache=True, nogil=True)
+def _try(kind, scales, window, mark, desk):
+    """Try all scales of the window with this element; `mark` is added to the code of the best."""
+    weight, importance, base, scale = desk.weight, desk.weighs, desk.base, desk.scale
+    error, best, code = desk.error, desk.best, desk.code
+    for step in range(window.first, window.last + 1):
+        for lane in range(LANES):
+            scale[lane] = scales[min(max(base[lane] + I32(step), window.least), window.most)]
+            error[lane] = ZERO
+        for j in range(weight.shape[0]):
+            for lane in range(LANES):
+                # np.divide, for / asks whether the divisor is zero, which no vector can
+                y = F32(np.divide(weight[j, lane], scale[lane]) * kind.per_top)
+                off = F32(y - _rounded(y, kind))
+                error[lane] += F32(importance[j, lane] * F32(off * off))
+        for lane in range(LANES):
+            unit = F32(np.divide(scale[lane], scales[base[lane]]) / kind.per_top)
+            total = F32(error[lane] * F32(unit * unit))
+            if total < best[lane]:
+                best[lane] = total
+                code[lane] = min(max(base[lane] + I32(step), window.least), window.most) + mark
+
+
+@njit(cache=True, nogil=True)
+def _write(block, scale, kind, codes):
+    """The codes of neighbouring weights with one scale; of scale 0 only signs."""
+    if scale == ZERO:
+        for j in range(block.shape[0]):
+            codes[j] = _signed(I32(0), block[j], kind)
+    else:
+        for j in range(block.shape[0]):
+            y = F32(abs(np.divide(block[j], scale)) * kind.per_unit)
+            codes[j] = _signed(_code(y, kind), block[j], kind)
+
+
+# ---------------------------------------------------------------- scales of rows, groups, tiles and tensors
+
+
+def fp8(weight: np.ndarray, share: tuple[int, int], dtype: str = "<f4", rule: str = "amax") -> dict[str, np.ndarray]:
+    """float8_e4m3fn; tiles of rows and columns share a scale, also those that edges cut off.
+
+    The scale is the tile's peak / 448, a float32 quotient rounded once more to `dtype`; for float8_e8m0fnu the smallest
+    power of two of 2**-127 to 2**119 from there on. It is 2**-23 (bfloat16: 2**-7) where it would be 0, as in
+    compressed-tensors; for float8_e8m0fnu 2**-127. Where 448 times the scale is no float32, the number before it is
+    taken.
+
+    Parameters
+    ----------
+    weight : (rows, cols) float32, finite
+    share : rows and columns of a tile; 0: all
+    dtype : of the scale: "<f4", "bfloat16" or "float8_e8m0fnu"
+    rule : "amax", codes of w / scale; "compressed-tensors" rounds that to bfloat16 first where the scale is one, as
+        torch does with weights of bfloat16
+
+    Returns
+    -------
+    codes (rows, cols) uint8, scale (tiles down, tiles across) float32, the bytes of float8_e8m0fnu as uint8
+
+    Raises
+    ------
+    LayoutError
+        If there is no such rule or dtype.
+
+    Source: compressed-tensors 0.20.0, quantization/utils/helpers.py (`calculate_qparams`); DeepSeek-V3,
+    inference/kernel.py (`act_quant_kernel`)
+    """
+    known(rule, "fp8", ("amax", "compressed-tensors"))
+    known(dtype, "fp8", ("<f4", "bfloat16", "float8_e8m0fnu"), "scale dtype")
+    rows_share, cols_share = _tile(weight, share)
+    peaks = _tile_peaks(weight, rows_share, cols_share)
+    if dtype == "float8_e8m0fnu":
+        fraction, exponent = np.frexp(peaks.astype(np.float64) / 448)
+        code = np.where(peaks > 0, np.clip(exponent - (fraction == 0.5), -127, 119) + 127, 0).astype(np.uint8)
+        scale = np.ldexp(ONE, code.astype(np.int32) - 127)
+        return {"codes": _encode(weight, scale, E4M3, rows_share, cols_share), "scale": code}
+    scale = np.minimum(_rounded_to(peaks / F32(448), dtype), _limit(np.full(1, 448, F32), dtype))
+    scale[scale == 0] = EPSILON[dtype]
+    if rule == "amax" or dtype == "<f4":
+        return {"codes": _encode(weight, scale, E4M3, rows_share, cols_share), "scale": scale}
+    wide = np.repeat(scale, rows_share, axis=0)[: weight.shape[0]]
+    wide = np.repeat(wide, cols_share, axis=1)[:, : weight.shape[1]]
+    quotient = _rounded_to(weight / wide, dtype)
+    return {"codes": _encode(quotient, np.ones((1, 1), F32), E4M3, *map(max, weight.shape, (1, 1))), "scale": scale}
+
+
+def minifloat(
+    weight: np.ndarray,
+    numbers: np.ndarray,
+    share: tuple[int, int],
+    rule: str = "best",
+    importance: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Any element format; tiles of rows and columns share a float32 scale.
+
+    "amax": the scale is peak / largest. "best": the best of that times 3/24, 4/24 ... 36/24, each product rounded to
+    float32. The errors of a tile's row are summed in 16 sums, column j in sum j % 16; these are added in order,
+    then the rows in order, in float64. A scale is 2**-23 where it would be 0.
+
+    Parameters
+    ----------
+    weight : (rows, cols) float32, finite
+    numbers : (2**bits,) float32, the number of every code
+    share : rows and columns of a tile; 0: all
+    rule : "best" or "amax"
+    importance : (1 or rows, cols) float32, 0 or more; only "best" looks at it
+
+    Returns
+    -------
+    codes (rows, cols) uint8, scale (tiles down, tiles across) float32
+
+    Raises
+    ------
+    LayoutError
+        If there is no such rule, or numbers are not as stated.
+    """
+    known(rule, "minifloat", ("best", "amax"))
+    kind = element(numbers)
+    rows_share, cols_share = _tile(weight, share)
+    largest = kind.largest
+    limit = _limit(np.full(1, largest, F32), "<f4")
+    with np.errstate(over="ignore"):
+        scale = np.minimum(_tile_peaks(weight, rows_share, cols_share) / largest, limit)
+    scale[scale == 0] = EPSILON["<f4"]
+    if rule == "best":
+        with np.errstate(over="ignore"):
+            tried = np.maximum(np.minimum(scale[..., None] * FACTORS, limit), LEAST["<f4"])
+        errors = _errors(weight, importance_of(weight, importance), tried, scale, rows_share, cols_share, kind)
+        best = errors.argmin(axis=2)[..., None]
+        scale = np.take_along_axis(tried, best, axis=2)[..., 0]
+    return {"codes": _encode(weight, scale, kind, rows_share, cols_share), "scale": scale}
+
+
+def packed_int(
+    weight: np.ndarray,
+    bits: int,
+    group: int,
+    symmetric: bool = True,
+    dtype: str = "bfloat16",
+    rule: str = "best",
+    importance: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Whole numbers of `bits` bits, from -2**(bits - 1); a row or a group of columns shares a scale.
+
+    The range of a group goes from min to max, both drawn to 0. Scales are, rounded to `dtype`,
+
+    - symmetric: max(-min, max) / (2**bits - 1) * 2
+    - else: (max - min) / (2**bits - 1); the zero point is -2**(bits - 1) - min / scale, between the least and the
+      greatest code, rounded half to even
+
+    and the code is w / scale + zero point, likewise. "compressed-tensors" rounds every result to `dtype`, so
+    weights of that dtype become the package's bytes. "best" computes in float32, and takes the best of the scale
+    times 8/24, 9/24 ... 30/24, with the zero point of the first. Sums are those of `minifloat`. A scale is
+    2**-23 (bfloat16: 2**-7, float16: 2**-10) where it would be 0, with zero point 0.
+
+    Parameters
+    ----------
+    weight : (rows, cols) float32, finite
+    bits : 2 to 8
+    group : columns that share a scale, a divisor of cols; 0: all
+    symmetric : without a zero point
+    dtype : of the scale: "bfloat16", "<f2" or "<f4"
+    rule : "best" or "compressed-tensors"
+    importance : (1 or rows, cols) float32, 0 or more; only "best" looks at it
+
+    Returns
+    -------
+    codes (rows, cols) uint8, 2**(bits - 1) added; scale (rows, groups) float32, all of them numbers of `dtype`;
+    unless symmetric zero (rows, groups) uint8, 2**(bits - 1) added
+
+    Raises
+    ------
+    LayoutError
+        If there is no such rule or dtype, a scale overflows float16, or bits or group are not as stated.
+
+    Source: compressed-tensors 0.20.0, quantization/utils/helpers.py (`calculate_qparams`), lifecycle/forward_helpers.py
+    """
+    known(rule, "packed_int", ("best", "compressed-tensors"))
+    known(dtype, "packed_int", ("bfloat16", "<f2", "<f4"), "scale dtype")
+    if not 2 <= bits <= 8:
+        raise LayoutError(f"packed_int: {bits} bits, needs 2 to 8")
+    cols = weight.shape[1]
+    columns = group or max(1, cols)
+    if cols % columns:
+        raise LayoutError(f"packed_int: {cols} columns, needs a multiple of the group, {group}")
+    least, most = F32(-(1 << bits - 1)), F32((1 << bits - 1) - 1)
+    parity = rule == "compressed-tensors"
+    scale, zero = _range_scale(*_ranges(weight, columns), least, most, symmetric, dtype if parity else "<f4")
+    away = np.maximum(most - zero, zero - least)
+    scale = np.minimum(_rounded_to(scale, dtype), _limit(away, dtype))
+    if lost := int(np.isinf(scale).sum()):
+        raise LayoutError(f"packed_int: {lost} of {scale.size} scales overflow float16; use bf16 or f32")
+    scale[scale == 0] = EPSILON[dtype]
+    if rule == "best":
+        tried = np.minimum(_rounded_to(scale[..., None] * WHOLE_FACTORS, dtype), _limit(away, dtype)[..., None])
+        tried = np.maximum(tried, LEAST[dtype])
+        weighs = importance_of(weight, importance)
+
+        def choose(start: int, stop: int) -> None:
+            _choose(weight, weighs, start, stop, tried, scale, zero, least, most, np.zeros(LANES, F32))
+
+        share_rows(choose, weight)
+    codes = np.empty(weight.shape, np.uint8)
+    if parity and dtype == "<f2":
+        wide, moved = np.repeat(scale, columns, axis=1), np.repeat(zero, columns, axis=1)
+        moved = _rounded_to(_rounded_to(weight / wide, dtype) + moved, dtype)
+        codes[...] = np.rint(moved.clip(least, most)) - least
+    else:
+
+        def work(start: int, stop: int) -> None:
+            narrow = parity and dtype == "bfloat16"
+            _whole_codes(weight, start, stop, scale, zero, least, most, narrow, codes)
+
+        share_rows(work, weight)
+    parts = {"codes": codes, "scale": scale}
+    return parts if symmetric else parts | {"zero": (zero - least).astype(np.uint8)}
+
+
+def _range_scale(low, high, least, most, symmetric, kept):
+    """Scale and zero point, (rows, groups) float32, of the range of each group; every result rounded to `kept`."""
+    steps = most - least
+    if symmetric:
+        return _rounded_to(np.maximum(-low, high) / (steps / F32(2)), kept), np.zeros_like(low)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        spread = _rounded_to(high - low, kept)
+        scale = np.where(np.isfinite(spread), spread / steps, high / steps - low / steps)
+        scale = _rounded_to(scale, kept)
+        zero = _rounded_to(least - _rounded_to(low / scale, kept), kept)
+    return scale, np.where(scale > 0, np.rint(zero.clip(least, most)), ZERO)
+
+
+def _tile(weight: np.ndarray, share: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns that share a scale; 0: all."""
+    rows, cols = weight.shape
+    return share[0] or max(1, rows), share[1] or max(1, cols)
+
+
+def _tile_peaks(weight: np.ndarray, rows_share: int, cols_share: int) -> np.ndarray:
+    """(ceil(rows / rows_share), ceil(cols / cols_share)) float32: the largest magnitudes of tiles."""
+    peaks = _row_peaks(weight, cols_share)
+    if not peaks.size:
+        return np.zeros((-(-weight.shape[0] // rows_share), peaks.shape[1]), F32)
+    return np.maximum.reduceat(peaks, np.arange(0, len(peaks), rows_share), axis=0)
+
+
+def _rounded_to(x: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 numbers rounded half to even to a narrower float; beyond its largest they become infinite."""
+    if dtype == "<f4":
+        return x
+    if dtype == "<f2":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(F32)
+    bits = np.ascontiguousarray(x, F32).view(np.uint32)
+    bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (bits & np.uint32(0xFFFF0000)).view(F32)
+
+
+def _limit(most: np.ndarray, dtype: str) -> np.ndarray:
+    """The largest scales of a dtype with which `most` is a float32; infinite for float16, which overflows before."""
+    if dtype == "<f2":
+        return np.full_like(most, np.inf)
+    place = np.uint32(1 if dtype == "<f4" else 1 << 16)
+    with np.errstate(over="ignore"):
+        bits = np.ascontiguousarray(LARGEST / most, F32).view(np.uint32)
+        # the quotient, rounded, may be one too large; a narrower number is cut off first
+        bits -= bits % place
+        bits -= np.where(np.isinf(bits.view(F32) * most), place, np.uint32(0))
+    return bits.view(F32)
+
+
+LARGEST = F32(np.finfo(F32).max)
+EPSILON = {"<f4": F32(2.0**-23), "bfloat16": F32(2.0**-7), "<f2": F32(2.0**-10)}  # of torch.finfo
+LEAST = {"<f4": F32(2.0**-149), "bfloat16": F32(2.0**-133), "<f2": F32(2.0**-24)}  # above 0
+FACTORS = (np.arange(3, 37, dtype=F32) / F32(24)).astype(F32)
+WHOLE_FACTORS = FACTORS[5:28]
+
+
+def _errors(weight, importance, tried, base, rows_share, cols_share, kind):
+    """(tiles down, tiles across, scales) float64: squared errors in units of the `base` scale."""
+    across = tried.shape[1]
+    errors = np.zeros((weight.shape[0], across, tried.shape[2]))
+
+    def work(start: int, stop: int) -> None:
+        _float_errors(
+            weight, importance, start, stop, tried, base, rows_share, cols_share, kind, np.zeros(LANES, F32), errors
+        )
+
+    share_rows(work, weight)
+    if rows_share == 1 or not len(errors):
+        return errors.reshape(tried.shape)
+    tiles = (errors[row : row + rows_share] for row in range(0, len(errors), rows_share))
+    return np.stack([np.cumsum(rows, axis=0)[-1] for rows in tiles])  # in order, which sum() is not
+
+
+@njit(cache=True, nogil=True)
+def _float_errors(weight, importance, start, stop, tried, base, rows_share, cols_share, kind, sums, errors):
+    """Rows start to stop; errors (rows, tiles across, scales)."""
+    for row in range(start, stop):
+        tile = row // rows_share
+        weighs = importance[row % importance.shape[0]]
+        for part in range(tried.shape[1]):
+            first, last = part * cols_share, min(part * cols_share + cols_share, weight.shape[1])
+            for k in range(tried.shape[2]):
+                scale = tried[tile, part, k]
+                unit = np.float64(np.divide(scale, base[tile, part]))
+                total = _float_error(weight[row, first:last], weighs[first:last], scale, kind, sums)
+                errors[row, part, k] = total * (unit * unit)
+
+
+@njit(cache=True, nogil=True)
+def _float_error(block, weighs, scale, kind, sums):
+    """The squared error of neighbouring weights, in tops times their scale."""
+    whole = block.shape[0] // LANES * LANES
+    sums[:] = ZERO
+    for first in range(0, whole, LANES):
+        here, importance = block[first : first + LANES], weighs[first : first + LANES]
+        for lane in range(LANES):
+            y = F32(np.divide(abs(here[lane]), scale) * kind.per_top)
+            off = F32(y - _rounded(y, kind))
+            sums[lane] += F32(importance[lane] * F32(off * off))
+    for j in range(whole, block.shape[0]):
+        y = F32(np.divide(abs(block[j]), scale) * kind.per_top)
+        off = F32(y - _rounded(y, kind))
+        sums[j - whole] += F32(weighs[j] * F32(off * off))
+    return _total(sums)
+
+
+@njit(cache=True, nogil=True)
+def _total(sums):
+    """Sums of lanes added in order."""
+    total = 0.0
+    for lane in range(LANES):
+        total += np.float64(sums[lane])
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _choose(weight, importance, start, stop, tried, scale, zero, least, most, sums):
+    """Rows start to stop: the best of the scales that are tried takes the place of `scale`."""
+    columns = weight.shape[1] // max(1, scale.shape[1])
+    for row in range(start, stop):
+        weighs = importance[row % importance.shape[0]]
+        for part in range(scale.shape[1]):
+            first, last = part * columns, part * columns + columns
+            block, here = weight[row, first:last], weighs[first:last]
+            base, best, least_error = scale[row, part], scale[row, part], np.inf
+            for k in range(tried.shape[2]):
+                one = tried[row, part, k]
+                unit = np.float64(np.divide(one, base))
+                total = _integer_error(block, here, one, zero[row, part], least, most, sums) * (unit * unit)
+                if total < least_error:
+                    best, least_error = one, total
+            scale[row, part] = best
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _bfloat16(x):
+    """Rounded half to even."""
+    bits = F32(x).view(np.int32)
+    return I32((bits + BELOW_HALF + ((bits >> LAST_KEPT) & BIT)) & BFLOAT16).view(np.float32)
+
+
+@njit(cache=True, nogil=True)
+def _whole_codes(weight, start, stop, scale, zero, least, most, narrow, codes):
+    """Rows start to stop; `narrow`: quotient and sum are rounded to bfloat16."""
+    columns = weight.shape[1] // max(1, scale.shape[1])
+    for row in range(start, stop):
+        for part in range(scale.shape[1]):
+            one, moved_by = scale[row, part], zero[row, part]
+            block, out = weight[row, part * columns :][:columns], codes[row, part * columns :][:columns]
+            if narrow:
+                for j in range(columns):
+                    moved = _bfloat16(F32(_bfloat16(np.divide(block[j], one)) + moved_by))
+                    out[j] = np.uint8(I32(np.rint(min(max(moved, least), most)) - least))
+            else:
+                for j in range(columns):
+                    moved = F32(np.divide(block[j], one) + moved_by)
+                    out[j] = np.uint8(I32(np.rint(min(max(moved, least), most)) - least))
+
+
+@njit(cache=True, nogil=True)
+def _integer_error(block, weighs, scale, zero, least, most, sums):
+    """The squared error of neighbouring weights, in units of their scale."""
+    whole = block.shape[0] // LANES * LANES
+    sums[:] = ZERO
+    for first in range(0, whole, LANES):
+        here, importance = block[first : first + LANES], weighs[first : first + LANES]
+        for lane in range(LANES):
+            moved = F32(np.divide(here[lane], scale) + zero)
+            off = F32(moved - np.rint(min(max(moved, least), most)))
+            sums[lane] += F32(importance[lane] * F32(off * off))
+    for j in range(whole, block.shape[0]):
+        moved = F32(np.divide(block[j], scale) + zero)
+        off = F32(moved - np.rint(min(max(moved, least), most)))
+        sums[j - whole] += F32(weighs[j] * F32(off * off))
+    return _total(sums)
+
+
+def _row_peaks(weight: np.ndarray, share: int) -> np.ndarray:
+    """(rows, ceil(cols / share)) float32: the largest magnitudes of runs of `share` columns."""
+    rows, cols = weight.shape
+    peaks = np.zeros((rows, -(-cols // share)), F32)
+    bits = np.ascontiguousarray(weight, F32).view(np.int32)
+
+    def work(start: int, stop: int) -> None:
+        _peaks(bits[start:stop], share, peaks[start:stop])
+
+    share_rows(work, weight)
+    return peaks
+
+
+def _ranges(weight: np.ndarray, share: int) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest of 0 and every `share` columns: (rows, cols / share) float32 each."""
+    low = np.zeros((weight.shape[0], weight.shape[1] // share), F32)
+    high = np.zeros_like(low)
+
+    def work(start: int, stop: int) -> None:
+        _ends(weight, start, stop, low, high)
+
+    share_rows(work, weight)
+    return low, high
+
+
+def _encode(weight: np.ndarray, scale: np.ndarray, kind: Element, rows_share: int, cols_share: int) -> np.ndarray:
+    """(rows, cols) uint8: codes with scale (ceil(rows / rows_share), ceil(cols / cols_share)) float32."""
+    codes = np.empty(weight.shape, np.uint8)
+
+    def work(start: int, stop: int) -> None:
+        _codes(weight, start, stop, scale, rows_share, cols_share, kind, codes)
+
+    share_rows(work, weight)
+    return codes
+
+
+@njit(cache=True, nogil=True)
+def _peaks(bits, share, peaks):
+    """Finite floats without their sign sort as their bits do."""
+    for row in range(bits.shape[0]):
+        for part in range(peaks.shape[1]):
+            top = I32(0)
+            for j in range(part * share, min(part * share + share, bits.shape[1])):
+                top = max(top, I32(bits[row, j] & MAGNITUDE))
+            peaks[row, part] = I32(top).view(np.float32)
+
+
+@njit(cache=True, nogil=True)
+def _ends(weight, start, stop, low, high):
+    """Rows start to stop."""
+    columns = weight.shape[1] // max(1, low.shape[1])
+    for row in range(start, stop):
+        for part in range(low.shape[1]):
+            block = weight[row, part * columns :][:columns]
+            least, most = ZERO, ZERO
+            for j in range(columns):
+                least, most = min(least, block[j]), max(most, block[j])
+            low[row, part], high[row, part] = least, most
+
+
+@njit(cache=True, nogil=True)
+def _codes(weight, start, stop, scale, rows_share, cols_share, kind, codes):
+    """Rows start to stop."""
+    for row in range(start, stop):
+        for part in range(scale.shape[1]):
+            first, last = part * cols_share, min(part * cols_share + cols_share, weight.shape[1])
+            _write(weight[row, first:last], scale[row // rows_share, part], kind, codes[row, first:last])
