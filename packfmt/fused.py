@@ -396,6 +396,7 @@ def _formula(layout: Layout, group: int) -> tuple[Formula, bool]:
     _check(len(layout.axes) == 2 + (name == "base3") and layout.axes[1].per == (4 if name == "quads" else 1))
     if name in ("affine", "base3"):
         zero = float(F32(params.get("zero", 1)))
+        _check(part.dtype in ("u1", "i1"))
         if name == "base3":
             _check(part.dtype == "u1")
             runs = params["runs"]
