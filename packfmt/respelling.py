@@ -147,7 +147,9 @@ def _why_not_as_they_are(source: Layout, target: Layout, a: View, b: View, shape
     if reason := difference(source, target, shape, SCALES):
         return reason
     return (
-        "" if _finer(a, b, shape) else f"{_group(a.share)} share a scale in {source.name}, in {target.name} {_group(b.share)}"
+        ""
+        if _finer(a, b, shape)
+        else f"{_group(a.share)} share a scale in {source.name}, in {target.name} {_group(b.share)}"
     )
 
 

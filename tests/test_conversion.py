@@ -49,8 +49,10 @@ def test_every_layout_arrives_in_every_container_that_holds_it(
     model: Path, tmp_path: Path, name: str, suffix: str
 ) -> None:
     target = tmp_path / f"out{suffix}"
-    report = conversion.convert(model, target, name, check=True)
     codec = codecs.get(name)
+    fallback = "f32" if codec.layout.block["rows"] > 32 else ""  # then only the experts have rows enough
+    report = conversion.convert(model, target, name, check=True, fallback=fallback)
+    assert any(s.layout == codec.layout for s in report.plan.steps)
     with checkpoint.open(target) as out:
         assert out.keys() == tensors().keys()
         for tensor, weight in tensors().items():

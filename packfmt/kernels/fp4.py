@@ -33,9 +33,9 @@ LANES = 32  # blocks side by side, so that a vector holds one weight of each
 CHUNK = 1 << 17  # weights that stay in a core's cache from one step to the next
 LEAST_WEIGHTS = 1 << 16  # weights worth a thread
 
-ZERO, HALF, ONE, TWO, FOUR, SIX = F32(0), F32(0.5), F32(1), F32(2), F32(4), F32(6)
-HALVES = F32(1.5 * 2**22)  # float32 has steps of 1/2 here, so adding and subtracting it rounds to halves
-WHOLES, TWOS = F32(1.5 * 2**23), F32(1.5 * 2**24)
+ZERO, HALF, ONE, FOUR, SIX = F32(0), F32(0.5), F32(1), F32(4), F32(6)
+EXPONENT_BITS, EXPONENT_22 = np.uint32(0x7F800000), np.uint32(22 << 23)
+BITS_OF_2_22 = np.uint32(127 + 22 << 23)
 MAGNITUDE = np.uint32(0x7FFFFFFF)  # a float32 without its sign
 INFINITE = F32(np.inf)
 LARGEST = F32(np.finfo(F32).max)
@@ -466,9 +466,13 @@ def _first_nearest(weight, step, values, codes):
 
 @njit(cache=True, nogil=True)
 def _nearest(size):
-    """The nearest magnitude of float4_e2m1fn to one of at most 6, ties to even."""
-    steps = HALVES if size < TWO else WHOLES if size < FOUR else TWOS
-    return (size + steps) - steps
+    """The nearest magnitude of float4_e2m1fn to one of at most 6, ties to even.
+
+    float32 has steps of 1/2 from 2**22 on, of 1 from 2**23, of 2 from 2**24: adding and subtracting the one whose
+    exponent is 22 above that of the size rounds to one bit of mantissa.
+    """
+    steps = np.uint32(max(np.uint32(F32(size).view(np.uint32) & EXPONENT_BITS) + EXPONENT_22, BITS_OF_2_22)).view(F32)
+    return F32(F32(size + steps) - steps)
 
 
 @njit(cache=True, nogil=True)
