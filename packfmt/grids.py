@@ -239,13 +239,12 @@ GRIDS: dict[str, Callable[..., Floats]] = {
 
 
 def scale_numbers(parts: Arrays, scale: str, global_scale: str) -> Floats:
-    """The part `scale` as float32 numbers, that of the whole tensor included (`scaled`)."""
+    """The part `scale` as float32 numbers, that of the whole tensor or of each expert included (`scaled`)."""
     found = minifloat.numbers(scale)[parts["scale"]] if scale else _float32(parts["scale"])
     if not global_scale:
         return found
-    (whole,) = _float32(parts["global_scale"]).reshape(-1)
-    with np.errstate(all="ignore"):
-        return {"times": np.multiply, "divides": np.divide}[global_scale](found, whole)
+    function = {"times": np.multiply, "divides": np.divide}[global_scale]
+    return _each(function, np.array(found), _float32(parts["global_scale"]).reshape(-1, 1))
 
 
 def _bytes(codes: Array) -> Array:

@@ -68,6 +68,8 @@ def view(layout: Layout, shape: Shape) -> View | str:
     needs = {"codes", "scale", *(["global_scale"] if whole else [])}
     if not needs <= parts.keys() <= needs | {"perm"}:
         return f"{layout.name} has other parts: {', '.join(parts)}"
+    if whole and (count := parts["global_scale"].shape[0]) != 1:
+        return f"{layout.name} has a scale for each of {count} experts"
     codes, scale = parts["codes"], parts["scale"]
     meaning = POWERS if layout.grid.name == "table" else str(params.get("scale", ""))
     if not meaning and scale.dtype not in FLOATS:

@@ -45,6 +45,7 @@ ROTATED = f"{BASES}|mxfp6_e2m3|mxfp6_e3m2|mxfp8_e4m3|mxint8|nvint4|if4|hif4|q4_0
 PATTERNS = {  # module -> the names that it makes formats of: an expression, and how people write it
     "arcquant": (r"arcquant_[1-9]\d{0,4}", "arcquant_<channels>"),
     "minifloats": (r"e[1-6]m[0-6](b\d{1,2})?_(tensor|row|g[1-9]\d{0,4})", "e<E>m<M>_<tensor, row or g<n>>"),
+    "nvfp4_experts": (r"nvfp4_x[1-9]\d{0,3}", "nvfp4_x<experts>"),
     "outlier_channels": (rf"({BASES})_out[1-9]\d{{0,3}}", "<4-bit float>_out<columns>"),
     "packed_int": (r"ct_int[2-8](_legacy)?_(row|g[1-9]\d{0,4})(_asym)?(_f16|_f32)?", "ct_int<bits>_<row or g<n>>"),
     "rotated": (rf"({ROTATED})_h(16|32|64|128|256)", "<format>_h<size>"),
