@@ -216,7 +216,7 @@ def _costs(plan: Plan, importance: Mapping[str, Array]) -> Iterator[str]:
             by = f"encoder {step.encoder!r} of {step.layout.name}" if step.encoder else step.action
             yield f"{name}: importance not used, for {by} does not weigh it"
     if importance and not weighing:
-        raise PlanError("importance: nothing here weighs it; of the layouts, sherry's do, and ptq161")
+        raise PlanError("importance: nothing here weighs it; `best` of the FP4 family does, sherry's encoders, and ptq161")
 
 
 def _results(

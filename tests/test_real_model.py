@@ -51,8 +51,8 @@ def test_the_demo_runs_and_the_better_layout_keeps_more() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_every_matrix_has_the_bytes_that_gguf_gives_it_in_both_containers(tmp_path: Path, name: str) -> None:
     model = find_model()
-    command("convert", model, tmp_path / "out.gguf", "--to", name, "--verify")
-    command("convert", model, tmp_path / "out", "--to", name, "--verify")
+    command("convert", model, tmp_path / "out.gguf", "--to", name, "--encoder", "ggml", "--verify")
+    command("convert", model, tmp_path / "out", "--to", name, "--encoder", "ggml", "--verify")
     weights = load_file(model / "model.safetensors")
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     native = load_file(tmp_path / "out" / "model.safetensors")

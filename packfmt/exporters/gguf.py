@@ -12,8 +12,8 @@ A model that was no GGUF gets `general.architecture` "packfmt-...", which llama.
 here maps tensor names or hyperparameters to those of an architecture that it runs.
 
 A packed tensor is one tensor of the file, or two: the scale of a whole NVFP4 tensor `X.weight` is the F32
-tensor `X.scale` (`GgmlType.beside`), as llama.cpp looks for it: one number, and once more for each expert of a
-stack. `X.input_scale` is no part of a weight.
+tensor `X.scale` (`GgmlType.beside`), as llama.cpp looks for it: one number, or one for each expert of a stack.
+If these are all the same, the layout is that of one number. `X.input_scale` is no part of a weight.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ DENSE_OF = {name.upper(): DENSE[name] for name in ("f32", "f16", "bf16", "f64", 
 LONGEST_NAME = 63  # bytes; GGML_MAX_NAME 64 counts the final zero (ggml.h, llama.cpp 067d44f6)
 NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 HADAMARD, ROTATED = "prism.hadamard", ("PQ2_0", "PTQ1_0", "Q2_0")  # keys of PrismML's files, and types they may hold
-SCALE_BYTES = 4  # of a scale that is a tensor of its own, one F32
-DIFFERENT = "a scale of its own for each expert, and one for all is read"
+SCALE_BYTES = 4  # of a scale in a tensor of its own, one F32
+DIFFERENT = "a scale of its own for each expert"
 MOST_EXPERTS = 1 << 16  # whose scales are looked at before a tensor is read
 LOOKED_UP = re.compile(r"(token_embd|per_layer_token_embd|position_embd|token_types)\.weight")
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, same file
@@ -78,10 +78,13 @@ def _misfit(layout: Layout, kind: str, shape: tuple[int, ...]) -> str:
     if layout.streams:
         return f"{layout.name}: has a stream, whose length no ggml type tells"
     blocks, *rest = (c.nbytes for c in layout.fit(*matrix(shape)).components)
-    if known.beside:
-        last = layout.fit(*matrix(shape)).components[-1]
-        if rest and (len(rest) > 1 or last.dtype != "<f4" or rest != [4]):
-            return f"{layout.name}: beside its blocks {kind} has one F32 number, in a tensor of its own"
+    if known.beside and rest:
+        scale, count = layout.fit(*matrix(shape)).components[1], rest[0] // SCALE_BYTES
+        if len(rest) > 1 or scale.dtype != "<f4":
+            return f"{layout.name}: beside its blocks {kind} has nothing but F32 scales, in a tensor of its own"
+        if count not in (1, _experts(shape)):
+            say = known.each.format(shape[0]) if len(shape) == 3 else known.scaled
+            return f"{layout.name}: has {count} scales, but {list(shape)} is no stack of {count} experts; say {say}"
         rest = []
     needs = known.blocks(shape)
     if needs is None:
@@ -242,16 +245,18 @@ def _stored(step: Step) -> tuple[Stored, ...]:
     kind = type_of(step.layout)
     known, shape = ggml_types()[kind], step.shape or (1,)  # not every reader takes a tensor without dimensions
     main = Stored(step.name, kind, shape, known.sizes(step.shape)[0], _places(step.layout, known, step.shape))
-    n = _experts(step.shape)
     others = _beside(step.layout, known, step.name)
+    nbytes = {c.name: c.nbytes for c in step.layout.fit(*matrix(step.shape)).components}
+    n = _experts(step.shape)
+    full = n * SCALE_BYTES
     return (
         main,
-        *(Stored(name, "F32", (n,), n * SCALE_BYTES, {component: 0}, n) for component, name in others.items()),
+        *(Stored(name, "F32", (n,), full, {c: 0}, full // nbytes[c]) for c, name in others.items()),
     )
 
 
 def _experts(shape: tuple[int, ...]) -> int:
-    """How often llama.cpp wants the scale of a tensor: once for each expert of a stack."""
+    """How many scales llama.cpp wants of a tensor: one for each expert of a stack."""
     return max(1, shape[0]) if len(shape) == 3 else 1
 
 
@@ -275,6 +280,13 @@ def _alike(scales: Array) -> bool:
     """Whether all scales in these bytes are the same."""
     each = scales.reshape(-1, SCALE_BYTES)
     return bool((each == each[:1]).all())
+
+
+def _as_many(scales: Array, nbytes: int) -> Array | None:
+    """Bytes of so many scales, of those that a file has: these, or the one that they all are; None if they differ."""
+    if scales.size == nbytes:
+        return scales
+    return np.tile(scales[:SCALE_BYTES], nbytes // SCALE_BYTES) if _alike(scales) else None
 
 
 def _header(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> tuple[bytes, int]:
@@ -394,10 +406,14 @@ class GgufSource:
         components = {}
         places = _places(info.layout, ggml_types().get(info.kind), info.shape)
         for c in info.layout.fit(*matrix(info.shape)).components:
-            at, where = (0, others[c.name]) if c.name in others else (places[c.name], name)
-            if c.name in others and not _alike(raw[where]):
-                raise self._fail(f"{name}: is {info.kind}, and {where} beside it has {DIFFERENT}", "PF105")
-            components[c.name] = raw[where][at : at + c.nbytes].view(dtype_of(c.dtype)).reshape(c.shape)
+            if where := others.get(c.name):
+                piece = _as_many(raw[where], c.nbytes)
+            else:
+                piece = raw[name][places[c.name] : places[c.name] + c.nbytes]
+            if piece is None:
+                what = f"{where} beside it has {DIFFERENT}, {info.layout.name} has one for all"
+                raise self._fail(f"{name}: is {info.kind}, and {what}", "PF105")
+            components[c.name] = piece.view(dtype_of(c.dtype)).reshape(c.shape)
         return PackedTensor(info.layout, info.shape, components, info.dtype)
 
     def _fail(self, what: str, rule: str) -> ContainerError:
@@ -421,7 +437,7 @@ class GgufSource:
         Raises
         ------
         ContainerError
-            If such a tensor, one F32 number, is not there.
+            If such a tensor, of one F32 number or one for each expert, is not there.
         """
         known = {i.name: (i.kind, prod(i.shape)) for i in infos}
         out = {}
@@ -539,8 +555,8 @@ class GgufSource:
             return self._unknown(e, kind, layout)
         nbytes = self._nbytes(e, known)
         why = ""
-        if layout is None and known.beside:
-            layout, why = self._told_by_scale(e, known)
+        if known.beside:
+            layout, why = self._told_by_scale(e, known, layout)
         elif layout is None and known.why:
             why = known.must_choose()
         elif layout is None:
@@ -552,11 +568,14 @@ class GgufSource:
         own = dtype_of(layout.components[0].cell[0].dtype).name if layout and kind in DENSE_OF else "float32"  # type: ignore[union-attr]
         return self._checked(TensorInfo(e.name, e.shape, own, layout, kind, self.path, nbytes))
 
-    def _told_by_scale(self, e: Entry, known: GgmlType) -> tuple[Layout | None, str]:
-        """The layout of a tensor whose scale may be a tensor of its own; or None, and why."""
+    def _told_by_scale(self, e: Entry, known: GgmlType, asked: Layout | None) -> tuple[Layout | None, str]:
+        """The layout of a tensor whose scale may be a tensor of its own; or None, and why.
+
+        A layout that the user `asked` for is it, if it can have these scales.
+        """
         found = self._entries.get(known.name_beside(e.name))
-        if found is None:
-            return self._layouts("packfmt", known.alone), ""
+        if found is None or (asked and not _beside(asked, known, e.name)):
+            return asked or self._layouts("packfmt", known.alone), ""
         count, number = prod(found.shape), ggml_types()["F32"].ids[0]
         if found.type != number or count not in (1, _experts(e.shape)) or count > MOST_EXPERTS:
             need = " or ".join(map(str, dict.fromkeys((1, _experts(e.shape)))))
@@ -565,9 +584,12 @@ class GgufSource:
                 f"and {found.name} beside it is {list(found.shape)} of ggml type {found.type}, needs {need} F32",
             )
         inside = self._places[found.name] + count * SCALE_BYTES <= self._size  # if not, `check_places` says so
-        if inside and not _alike(self._bytes(found.name, count * SCALE_BYTES)):
-            return None, f"and {found.name} beside it has {DIFFERENT}"
-        return self._layouts("packfmt", known.scaled), ""
+        if not inside or _alike(self._bytes(found.name, count * SCALE_BYTES)):
+            return asked or self._layouts("packfmt", known.scaled), ""
+        if asked and asked.name == known.scaled:
+            return None, f"and {found.name} beside it has {DIFFERENT}, {asked.name} has one for all"
+        layout = asked or (self._layouts("packfmt", known.each.format(count)) if prod(e.shape) else None)
+        return layout, "" if layout else f"and {found.name} beside it has {DIFFERENT}, which no layout has for {count}"
 
     def _unknown(self, e: Entry, kind: str, layout: Layout | None) -> TensorInfo:
         """A tensor whose type nobody knows: it is shown, with the bytes that it has room for."""

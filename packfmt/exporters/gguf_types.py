@@ -7,7 +7,8 @@ than its type needs: that tells them apart (`among`).
 Some types have the same id and size for several orders of bytes. Nothing in a file tells those apart: the
 user does, or the model that the file was made from.
 
-A scale of the whole tensor stands behind the blocks (`tails`), or is a tensor of its own (`beside`).
+A scale of the whole tensor stands behind the blocks (`tails`), or is a tensor of its own (`beside`), which may
+hold one for each expert.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ class GgmlType:
     choices: tuple[str, ...] = ()  # layouts that its bytes may have; readers elsewhere expect the first
     why: str = ""  # why the file alone does not say which of them
     instead: str = ""  # layouts that can hold the same numbers, where the first of `choices` cannot
-    beside: str = ""  # what the name of a tensor of its own ends in, which holds one scale; empty: scales have a tail
+    beside: str = ""  # what the name of a tensor of its own ends in, which holds its scale; empty: scales have a tail
     alone: str = ""  # the layout of a tensor without such a scale
     scaled: str = ""  # and with it
+    each: str = ""  # and with one of its own for each of so many experts
     source: str = ""
 
     def blocks(self, shape: tuple[int, ...]) -> int | None:
@@ -94,7 +96,7 @@ MACHINES = "x86 and ARM builds order its codes differently"
 
 OTHERS: Final = (
     GgmlType(
-        "NVFP4", (40,), 64, 36, beside=".scale", alone="nvfp4_plain", scaled="nvfp4",
+        "NVFP4", (40,), 64, 36, beside=".scale", alone="nvfp4_plain", scaled="nvfp4", each="nvfp4_x{}",
         source="ggml d99724f2, src/ggml-common.h block_nvfp4; llama.cpp 00bd27a6, conversion/base.py _repack_nvfp4",
     ),
     GgmlType("Q2_0", (42,), 64, 18, source="ggml d99724f2, include/ggml.h, src/ggml-common.h block_q2_0"),
