@@ -216,7 +216,8 @@ def _costs(plan: Plan, importance: Mapping[str, Array]) -> Iterator[str]:
             by = f"encoder {step.encoder!r} of {step.layout.name}" if step.encoder else step.action
             yield f"{name}: importance not used, for {by} does not weigh it"
     if importance and not weighing:
-        raise PlanError("importance: nothing here weighs it; `best` of the FP4 family does, sherry's encoders, and ptq161")
+        able = "the FP4 family's best, sherry's encoders and ptq161's do"
+        raise PlanError(f"importance: nothing here weighs it; {able}")
 
 
 def _results(

@@ -21,7 +21,10 @@ from packfmt.layout import dtype_of
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "spec"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((SPEC / "vectors" / "manifest.json").read_text())
-PAGES = ("mx", "nvfp4", "fp4", "fp8", "minifloats", "packed_int", "rotated", "outlier_channels", "arcquant")
+PAGES = (
+    *("mx", "nvfp4", "nvfp4_experts", "fp4", "fp8", "minifloats", "packed_int"),
+    *("rotated", "outlier_channels", "arcquant"),
+)
 F32 = np.float32
 ROWS_IN_WORDS = {"One": 1, "Two": 2, "Sixteen": 16}
 

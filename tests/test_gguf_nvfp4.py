@@ -1,8 +1,10 @@
-"""NVFP4 in GGUF: blocks of one type, and a scale of the whole tensor that is a tensor of its own."""
+"""NVFP4 in GGUF: blocks of one type, and beside them a tensor with the scale of the whole, or one for each expert."""
 
 from __future__ import annotations
 
+import re
 import struct
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,13 @@ def packed(shape: tuple[int, ...], scale: float | None = 0.5, seed: int = 0) -> 
     raw = np.random.default_rng(seed).integers(0, 256, first.nbytes, np.uint8)
     components = {first.name: raw.reshape(first.shape)} | {c.name: np.full(c.shape, scale, F32) for c in rest}
     return PackedTensor(layout, shape, components)
+
+
+def experts(shape: tuple[int, int, int], *scales: float, seed: int = 0) -> PackedTensor:
+    """A stack of random codes and scale bytes, with a scale for each expert."""
+    layout = codecs.get(f"nvfp4_x{len(scales)}").layout
+    one = packed(shape, seed=seed)
+    return PackedTensor(layout, shape, {"blocks": one.components["blocks"], "scale": np.array(scales, F32)})
 
 
 def blocks_of(tensor: PackedTensor) -> bytes:
@@ -237,9 +246,11 @@ def test_input_scales_are_tensors_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "scale", "number", "why"),
     [
-        ((3, 2, 64), (3,), 0, "has a scale of its own for each expert, and one for all is read"),
         ((3, 2, 64), (2,), 0, r"is \[2\] of ggml type 0, needs 1 or 3 F32"),
         ((4, 64), (4,), 0, r"is \[4\] of ggml type 0, needs 1 F32"),
+        ((3, 2, 2, 64), (3,), 0, r"is \[3\] of ggml type 0, needs 1 F32"),
+        ((3, 0, 64), (3,), 0, "has a scale of its own for each expert, which no layout has for 3"),
+        ((10000, 1, 64), (10000,), 0, "has a scale of its own for each expert, which no layout has for 10000"),
         ((4, 64), (1,), 1, r"is \[1\] of ggml type 1, needs 1 F32"),
     ],
 )
@@ -270,12 +281,6 @@ def test_a_stack_of_experts_has_one_scale_for_all_however_often_it_stands_there(
     assert scale.data.tolist() == [0.25] * 3
 
 
-def test_experts_of_scales_of_their_own_are_not_read_even_if_asked_for(tmp_path: Path) -> None:
-    path = made_by_gguf(tmp_path / "m.gguf", a=(packed((3, 2, 64), 0.25), np.array([1, 1, 2], F32)))
-    with checkpoint.open(path, read_as={"NVFP4": "nvfp4"}) as model, pytest.raises(ContainerError, match="for each ex"):
-        model["a.weight"]
-
-
 def test_a_table_of_tokens_gets_no_scale_that_llama_cpp_refuses(tmp_path: Path) -> None:
     tensors = {"token_embd.weight": normal(64, 64), "blk.0.ffn_up.weight": normal(64, 64)}
     source = folder(tmp_path / "model", tensors)
@@ -296,10 +301,13 @@ def test_the_user_may_say_what_the_type_is(tmp_path: Path) -> None:
         assert blocks_of(model["a.weight"]) == GOLDEN
 
 
+@pytest.mark.parametrize("numbers", [(0.25, 0.25, 0.25), (0.25, 0.5, 1)])
 @given(data=st.data())
-def test_any_change_to_the_header_gives_an_error_or_an_index(tmp_path_factory: Any, data: st.DataObject) -> None:
+def test_any_change_to_the_header_gives_an_error_or_an_index(
+    tmp_path_factory: Any, numbers: tuple[float, ...], data: st.DataObject
+) -> None:
     tensor = packed((3, 2, 64), 0.25)
-    scale = ("a.scale", (3,), 0, np.full(3, 0.25, F32).tobytes())
+    scale = ("a.scale", (3,), 0, np.array(numbers, F32).tobytes())
     path = foreign(
         tmp_path_factory.mktemp("any") / "m.gguf", ("a.weight", (3, 2, 64), NUMBER, blocks_of(tensor)), scale
     )
@@ -316,6 +324,164 @@ def test_any_change_to_the_header_gives_an_error_or_an_index(tmp_path_factory: A
     with model:
         for name, info in model.index.items():
             assert info.layout is None or model[name].shape == info.shape
+
+
+# ---------------------------------------------------------------- a scale for each expert
+
+STACK = (3, 2, 128)
+OWN = (0.25, 0.3, -7.0)
+
+
+def test_scales_that_differ_are_those_of_experts(tmp_path: Path) -> None:
+    tensor = experts(STACK, *OWN)
+    path = made_by_gguf(tmp_path / "m.gguf", a=(tensor, np.array(OWN, F32)), b=(packed((2, 64)), np.array([0.5], F32)))
+    with checkpoint.open(path) as model:
+        assert list(model) == ["a.weight", "b.weight"]
+        assert same(model["a.weight"], tensor)
+        assert model.index["a.weight"].nbytes == 3 * 2 * 2 * 36 + 3 * 4
+        assert model.index["b.weight"].layout == SCALED
+
+
+def test_every_expert_decodes_as_an_nvfp4_of_its_own(tmp_path: Path) -> None:
+    tensor = experts(STACK, *OWN)
+    path = made_by_gguf(tmp_path / "m.gguf", a=(tensor, np.array(OWN, F32)))
+    with checkpoint.open(path) as model:
+        found = model["a.weight"].decode()
+    each = tensor.components["blocks"].reshape(3, 2, -1)
+    for expert, number in enumerate(OWN):
+        alone = PackedTensor(SCALED, STACK[1:], {"blocks": each[expert], "scale": np.array([number], F32)})
+        assert found[expert].tobytes() == alone.decode().tobytes()
+
+
+def test_gguf_reads_the_scales_of_experts_once_each(tmp_path: Path) -> None:
+    numbers = (0.5, 2.0, 0.125)  # powers of two: it rounds nothing that they are multiplied with afterwards
+    tensor = experts(STACK, *numbers)
+    found = {t.name: t for t in GGUFReader(write(tmp_path / "m.gguf", {"a.weight": tensor})).tensors}
+    assert list(found) == ["a.weight", "a.scale"]
+    blocks, scale = found["a.weight"], found["a.scale"]
+    assert (blocks.tensor_type.name, blocks.shape.tolist()) == ("NVFP4", [128, 2, 3])
+    assert blocks.data.tobytes() == blocks_of(tensor)
+    assert (scale.tensor_type.name, scale.shape.tolist(), scale.data.tolist()) == ("F32", [3], list(numbers))
+    theirs = quants.dequantize(np.array(blocks.data), blocks.tensor_type).reshape(STACK) * scale.data[:, None, None]
+    assert (tensor.decode() + F32(0)).tobytes() == (theirs + F32(0)).tobytes()
+
+
+@pytest.mark.parametrize("numbers", [OWN, (0.25, 0.25, 0.25)])
+def test_what_is_written_of_experts_is_read_the_same_even_if_their_scales_are_equal(
+    tmp_path: Path, numbers: tuple[float, ...]
+) -> None:
+    """packfmt's own record says which layout it was."""
+    tensors = {"a.weight": experts(STACK, *numbers), "b": experts((1, 4, 64), 2.0, seed=1), "c": experts(STACK, 3.0)}
+    with checkpoint.open(write(tmp_path / "m.gguf", tensors)) as model:
+        assert list(model) == list(tensors)
+        for name, tensor in tensors.items():
+            assert same(model[name], tensor), name
+
+
+def test_keep_changes_no_byte_of_a_foreign_file_of_experts(tmp_path: Path) -> None:
+    path = made_by_gguf(tmp_path / "m.gguf", a=(experts(STACK, *OWN), np.array(OWN, F32)))
+    paths = [path, *(tmp_path / name for name in ("one.gguf", "folder", "two.gguf"))]
+    for source, target in pairwise(paths):
+        conversion.convert(source, target, "keep", check=True)
+    for again in (paths[1], paths[3]):
+        before, after = ({t.name: t.data.tobytes() for t in GGUFReader(p).tensors} for p in (path, again))
+        assert before == after and list(after) == ["a.weight", "a.scale"]
+    with checkpoint.open(paths[2]) as model:
+        assert same(model["a.weight"], experts(STACK, *OWN))
+
+
+def test_experts_are_encoded_one_by_one(tmp_path: Path) -> None:
+    weight = normal(3, 32, 128) * np.array([1, 8, 0.01], F32)[:, None, None]
+    source = folder(tmp_path / "model", {"blk.0.experts.up": weight, "blk.0.up.weight": normal(96, 128)})
+    with pytest.raises(PlanError, match=r"blk\.0\.up\.weight: .*3 scales, but \[96, 128\] is no stack .*; say nvfp4$"):
+        conversion.convert(source, tmp_path / "m.gguf", "nvfp4_x3")
+    conversion.convert(source, tmp_path / "m.gguf", "nvfp4", overrides={"experts": "nvfp4_x3"}, check=True)
+    with checkpoint.open(tmp_path / "m.gguf") as model:
+        found = model["blk.0.experts.up"].components
+    each = [codecs.get("nvfp4").encode(one).components for one in weight]
+    assert found["blocks"].tobytes() == b"".join(one["blocks"].tobytes() for one in each)
+    assert found["scale"].tobytes() == b"".join(one["scale"].tobytes() for one in each)
+    assert len(set(found["scale"].tolist())) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "why"),
+    [
+        (3, (6, 3, 64), "has 3 scales, but [6, 3, 64] is no stack of 3 experts; say nvfp4_x6"),
+        (6, (3, 6, 64), "has 6 scales, but [3, 6, 64] is no stack of 6 experts; say nvfp4_x3"),
+        (3, (6, 64), "has 3 scales, but [6, 64] is no stack of 3 experts; say nvfp4"),
+        (6, (2, 3, 2, 64), "has 6 scales, but [2, 3, 2, 64] is no stack of 6 experts; say nvfp4"),
+        (3, (3, 2, 64), ""),
+        (1, (4, 64), ""),
+        (1, (3, 2, 64), ""),  # one number, which is said three times
+    ],
+)
+def test_a_scale_for_each_expert_needs_as_many_experts(
+    tmp_path: Path, count: int, shape: tuple[int, ...], why: str
+) -> None:
+    layout = codecs.get(f"nvfp4_x{count}").layout
+    assert gguf.refusal(layout, shape) == (why and f"{layout.name}: {why}")
+    components = {"blocks": packed(shape).components["blocks"], "scale": np.ones(count, F32)}
+    tensor = PackedTensor(layout, shape, components)
+    if why:
+        with pytest.raises(PlanError, match=f"a.weight: {layout.name}: {re.escape(why)}"):
+            write(tmp_path / "m.gguf", {"a.weight": tensor})
+        assert not list(tmp_path.iterdir())
+    else:
+        with checkpoint.open(write(tmp_path / "m.gguf", {"a.weight": tensor})) as model:
+            assert same(model["a.weight"], tensor)
+
+
+def test_a_changed_scale_of_one_expert_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", {"a.weight": experts(STACK, *OWN)})
+    raw, number = path.read_bytes(), struct.pack("<f", OWN[1])
+    assert raw.count(number) == 1
+    path.write_bytes(raw.replace(number, struct.pack("<f", 0.25)))
+    with checkpoint.open(path) as model, pytest.raises(ContainerError, match=r"a\.weight: its bytes are not") as caught:
+        model["a.weight"]
+    assert caught.value.rule == "PF109"
+
+
+@pytest.mark.parametrize("numbers", [(0.25,), (0.25, 0.25, 0.25), OWN])
+def test_the_user_may_say_that_experts_have_scales_of_their_own(tmp_path: Path, numbers: tuple[float, ...]) -> None:
+    path = made_by_gguf(tmp_path / "m.gguf", a=(packed(STACK), np.array(numbers, F32)))
+    with checkpoint.open(path, read_as={"NVFP4": "nvfp4_x3"}) as model:
+        assert same(model["a.weight"], experts(STACK, *(numbers * 3)[:3]))
+
+
+def test_a_layout_asked_for_that_cannot_have_these_scales_is_refused(tmp_path: Path) -> None:
+    path = made_by_gguf(tmp_path / "m.gguf", a=(packed(STACK), np.array(OWN, F32)))
+    with checkpoint.open(path, read_as={"NVFP4": "nvfp4"}) as model:
+        why = "a.scale beside it has a scale of its own for each expert, nvfp4 has one for all"
+        with pytest.raises(PlanError, match=why):
+            conversion.plan_for(model, tmp_path / "out", Recipe("keep"))
+        with pytest.raises(ContainerError, match=why):
+            model["a.weight"]
+    with pytest.raises(ContainerError, match=r"has 2 scales, but \[3, 2, 128\] is no stack of 2 experts") as caught:
+        checkpoint.open(path, read_as={"NVFP4": "nvfp4_x2"})
+    assert caught.value.rule == "PF106"
+    with checkpoint.open(path, read_as={"NVFP4": "nvfp4_plain"}) as model:
+        assert model.index["a.weight"].layout == PLAIN
+        assert model["a.scale"].decode().tolist() == np.array(OWN, F32).tolist()
+
+
+def test_scales_that_are_not_in_the_file_are_not_read(tmp_path: Path) -> None:
+    stack = ("a.weight", STACK, NUMBER, blocks_of(packed(STACK)))
+    path = foreign(tmp_path / "short.gguf", stack, ("a.scale", (3,), 0, np.array(OWN, F32).tobytes()), padded=False)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ContainerError, match="616 bytes, its tensors need 620; truncated"):
+        checkpoint.open(path)
+    many = 1 << 40  # more than there can be: nothing of this size is looked at
+    path = foreign(tmp_path / "many.gguf", ("a.weight", (many, 1, 64), NUMBER, b""), ("a.scale", (many,), 0, b""))
+    with pytest.raises(ContainerError, match=r"a\.(weight|scale)"):
+        checkpoint.open(path)
+
+
+def test_more_scales_than_are_looked_at_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "MOST_EXPERTS", 2)
+    path = made_by_gguf(tmp_path / "m.gguf", a=(packed(STACK), np.array(OWN, F32)))
+    with checkpoint.open(path) as model:
+        assert model.index["a.weight"].why == "and a.scale beside it has 3 scales, of which at most 2 are read"
 
 
 # ---------------------------------------------------------------- whole models

@@ -22,7 +22,7 @@ Path = tuple[str | int, ...]
 SHAPES = [(r, c) for r in (0, 1, 3, 4, 32, 64) for c in (0, 64, 128, 256, 512)]
 NAMES = (
     *codecs.names(),
-    *("mote_4", "tl1_64_16_32", "tl2_64_128_32_96", "arcquant_64", "mxfp4_out3", "nvfp4_ct_h64"),
+    *("mote_4", "tl1_64_16_32", "tl2_64_128_32_96", "arcquant_64", "mxfp4_out3", "nvfp4_ct_h64", "nvfp4_x4"),
     *("ct_int3_legacy_g32_asym", "ct_int4_row_asym", "e3m2b5_g32", "e2m1_tensor"),
 )
 TEXTS = (

@@ -396,6 +396,22 @@ def arcquant(residual: int) -> Twin:
     return Twin(draw, write, weights, (1, residual))
 
 
+def experts(count: int) -> Twin:
+    """ggml's blocks of `count` experts, one below another, each with a scale of the whole of its own."""
+    base = BASES["nvfp4"]
+
+    def draw(rows: int, cols: int, rng: np.random.Generator) -> Parts:
+        scale = (rng.standard_normal(count) * 2.0 ** rng.integers(-12, 6, count)).astype(F32)
+        return base.draw(rows, cols, rng) | {"global_scale": scale}
+
+    def weights(parts: Parts) -> Array:
+        split = {name: np.split(parts[name], count) for name in ("codes", "scale", "global_scale")}
+        each = [base.weights({name: pieces[e] for name, pieces in split.items()}) for e in range(count)]
+        return np.concatenate(each)
+
+    return Twin(draw, base.write, weights, (count, base.least[1]))
+
+
 MXFP4 = Scaled("float4_e2m1fn", "float8_e8m0fnu", 1, 32)
 NVFP4 = partial(Scaled, "float4_e2m1fn", "float8_e4m3fn", 1, 16)
 E4M3_ = partial(Scaled, "float8_e4m3fn")
@@ -461,4 +477,5 @@ TWINS: dict[str, Twin] = {
     **{name: rotated(name) for name in ("mxfp4_pairs_h32", "nvfp4_modelopt_h16", "nvfp4_h128", "hif4_h256")},
     **{name: with_columns(name) for name in ("mxfp4_pairs_out2", "nvfp4_modelopt_out5")},
     "arcquant_64": arcquant(64),
+    "nvfp4_x3": experts(3),
 }

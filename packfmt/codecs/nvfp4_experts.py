@@ -39,9 +39,7 @@ def codec(name: str) -> Codec:
     return Codec(layout, encoders, ("best", "four_over_six"))
 
 
-def _encode(
-    weight: np.ndarray, rule: str, experts: int, importance: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
+def _encode(weight: np.ndarray, rule: str, experts: int, importance: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Every expert on its own, as `nvfp4`."""
     total = len(weight)
     costs = None if importance is None else np.broadcast_to(importance, weight.shape)

@@ -406,14 +406,12 @@ class GgufSource:
         components = {}
         places = _places(info.layout, ggml_types().get(info.kind), info.shape)
         for c in info.layout.fit(*matrix(info.shape)).components:
-            if where := others.get(c.name):
-                piece = _as_many(raw[where], c.nbytes)
-            else:
-                piece = raw[name][places[c.name] : places[c.name] + c.nbytes]
-            if piece is None:
+            where = others.get(c.name, "")
+            stored = _as_many(raw[where], c.nbytes) if where else raw[name][places[c.name] :][: c.nbytes]
+            if stored is None:
                 what = f"{where} beside it has {DIFFERENT}, {info.layout.name} has one for all"
                 raise self._fail(f"{name}: is {info.kind}, and {what}", "PF105")
-            components[c.name] = piece.view(dtype_of(c.dtype)).reshape(c.shape)
+            components[c.name] = stored.view(dtype_of(c.dtype)).reshape(c.shape)
         return PackedTensor(info.layout, info.shape, components, info.dtype)
 
     def _fail(self, what: str, rule: str) -> ContainerError:
@@ -576,20 +574,19 @@ class GgufSource:
         found = self._entries.get(known.name_beside(e.name))
         if found is None or (asked and not _beside(asked, known, e.name)):
             return asked or self._layouts("packfmt", known.alone), ""
-        count, number = prod(found.shape), ggml_types()["F32"].ids[0]
-        if found.type != number or count not in (1, _experts(e.shape)) or count > MOST_EXPERTS:
+        where, count, number = f"and {found.name} beside it", prod(found.shape), ggml_types()["F32"].ids[0]
+        if found.type != number or count not in (1, _experts(e.shape)):
             need = " or ".join(map(str, dict.fromkeys((1, _experts(e.shape)))))
-            return (
-                None,
-                f"and {found.name} beside it is {list(found.shape)} of ggml type {found.type}, needs {need} F32",
-            )
+            return None, f"{where} is {list(found.shape)} of ggml type {found.type}, needs {need} F32"
+        if count > MOST_EXPERTS:
+            return None, f"{where} has {count} scales, of which at most {MOST_EXPERTS} are read"
         inside = self._places[found.name] + count * SCALE_BYTES <= self._size  # if not, `check_places` says so
         if not inside or _alike(self._bytes(found.name, count * SCALE_BYTES)):
             return asked or self._layouts("packfmt", known.scaled), ""
         if asked and asked.name == known.scaled:
-            return None, f"and {found.name} beside it has {DIFFERENT}, {asked.name} has one for all"
+            return None, f"{where} has {DIFFERENT}, {asked.name} has one for all"
         layout = asked or (self._layouts("packfmt", known.each.format(count)) if prod(e.shape) else None)
-        return layout, "" if layout else f"and {found.name} beside it has {DIFFERENT}, which no layout has for {count}"
+        return layout, "" if layout else f"{where} has {DIFFERENT}, which no layout has for {count}"
 
     def _unknown(self, e: Entry, kind: str, layout: Layout | None) -> TensorInfo:
         """A tensor whose type nobody knows: it is shown, with the bytes that it has room for."""
