@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from pages import MANIFEST, SPEC, bytes_of, packed_again, packed_of, page, tool, vector_of
 
-from packfmt import codecs, grids, placement
+from packfmt import codecs, grids
 from packfmt.codec import PackedTensor
-from packfmt.layout import dtype_of
 
-ROOT = Path(__file__).resolve().parents[1]
-SPEC = ROOT / "spec"
-MANIFEST: dict[str, dict[str, Any]] = json.loads((SPEC / "vectors" / "manifest.json").read_text())
 PAGES = (
     *("mx", "nvfp4", "nvfp4_experts", "fp4", "fp8", "minifloats", "packed_int"),
     *("rotated", "outlier_channels", "arcquant"),
@@ -31,39 +23,9 @@ ROWS_IN_WORDS = {"One": 1, "Two": 2, "Sixteen": 16}
 Floats = npt.NDArray[np.float32]
 
 
-def tool(name: str) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        return importlib.import_module(name)
-
-
 twin = tool("fp4_twin")
 accuracy = tool("fp4_accuracy")
 NAMES = tuple(twin.TWINS)
-
-
-def page(name: str) -> str:
-    return (SPEC / "formats" / f"{name}.md").read_text()
-
-
-def packed_of(name: str, shape: tuple[int, int], raw: list[bytes]) -> PackedTensor:
-    """A tensor of each component's bytes."""
-    layout = codecs.get(name).layout
-    placed = layout.fit(*shape).components
-    stored = {
-        c.name: np.frombuffer(data, dtype_of(c.dtype)).reshape(c.shape) for c, data in zip(placed, raw, strict=True)
-    }
-    return PackedTensor(layout, shape, stored)
-
-
-def bytes_of(packed: PackedTensor) -> list[bytes]:
-    return [packed.components[c.name].tobytes() for c in packed.layout.components]
-
-
-def packed_again(packed: PackedTensor) -> list[bytes]:
-    parts = placement.unpack(packed.layout, packed.matrix, packed.components)
-    stored = placement.pack(packed.layout, packed.matrix, parts)
-    return [stored[c.name].tobytes() for c in packed.layout.components]
 
 
 def assert_decodes(packed: PackedTensor, weight: Floats, signed_zeros: bool = True) -> None:
@@ -88,11 +50,8 @@ VECTORS = sorted(
 def vector(name: str, kind: str) -> tuple[PackedTensor, Floats]:
     """The tensor of `kind`'s files, and what another tool decodes it to."""
     numbers = "decoded" if kind == "packed" else kind
-    shape = tuple(MANIFEST[f"{name}/{numbers}.f32"]["shape"])
-    parts = [c.name for c in codecs.get(name).layout.components]
-    files = [f"{kind}.bin"] if len(parts) == 1 else [f"{kind}.{part}.bin" for part in parts]
-    weight = np.frombuffer((SPEC / "vectors" / name / f"{numbers}.f32").read_bytes(), "<f4").reshape(shape)
-    return packed_of(name, shape, [(SPEC / "vectors" / name / file).read_bytes() for file in files]), weight
+    packed, weight = vector_of(name, kind, numbers)
+    return packed, np.frombuffer(weight, "<f4").reshape(packed.shape)
 
 
 def test_every_format_of_the_twin_has_vectors() -> None:

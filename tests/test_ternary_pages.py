@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from pages import MANIFEST, ROOT, SPEC, bytes_of, packed_again, packed_of, page, tool, vector_of
 
-from packfmt import codecs, placement
+from packfmt import codecs
 from packfmt.codec import PackedTensor
 from packfmt.errors import LayoutError
 from packfmt.grids import findings
-from packfmt.layout import dtype_of
 
-ROOT = Path(__file__).resolve().parents[1]
-SPEC = ROOT / "spec"
-MANIFEST: dict[str, dict[str, Any]] = json.loads((SPEC / "vectors" / "manifest.json").read_text())
 PAGES = ("bitnet", "i2_s", "q1_0", "q2_0", "sherry", "tq1_0", "tq2_0", "trit_planes")
 NAMES = tuple(name for page in PAGES for name in codecs.FAMILIES.get(page, (page,)))
 MORE = ("mote_2", "tl1_32_8_32", "tl2_32_128_32_96")  # whose pages have tests of their own
@@ -34,51 +27,10 @@ F32 = np.float32
 Floats = npt.NDArray[np.float32]
 
 
-def load_twin() -> ModuleType:
-    found = importlib.util.spec_from_file_location("ternary_twin", ROOT / "tools" / "ternary_twin.py")
-    assert found and found.loader
-    module = sys.modules["ternary_twin"] = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-twin = load_twin()
-
-
-def page(name: str) -> str:
-    return (SPEC / "formats" / f"{name}.md").read_text()
-
-
-def packed_of(name: str, shape: tuple[int, int], raw: list[bytes]) -> PackedTensor:
-    """A tensor of each component's bytes."""
-    layout = codecs.get(name).layout
-    placed = layout.fit(*shape).components
-    stored = {
-        c.name: np.frombuffer(data, dtype_of(c.dtype)).reshape(c.shape) for c, data in zip(placed, raw, strict=True)
-    }
-    return PackedTensor(layout, shape, stored)
-
-
-def bytes_of(packed: PackedTensor) -> list[bytes]:
-    return [packed.components[c.name].tobytes() for c in packed.layout.components]
-
-
-def packed_again(packed: PackedTensor) -> list[bytes]:
-    parts = placement.unpack(packed.layout, packed.matrix, packed.components)
-    stored = placement.pack(packed.layout, packed.matrix, parts)
-    return [stored[c.name].tobytes() for c in packed.layout.components]
+twin = tool("ternary_twin")
 
 
 # ---------------------------------------------------------------- vectors
-
-
-def vector(name: str, kind: str, numbers: str) -> tuple[PackedTensor, bytes]:
-    """The tensor of `kind`.bin, or of a file for each component, and what it decodes to."""
-    rows, cols = MANIFEST[f"{name}/{numbers}.f32"]["shape"]
-    parts = [c.name for c in codecs.get(name).layout.components]
-    files = [f"{kind}.bin"] if len(parts) == 1 else [f"{kind}.{part}.bin" for part in parts]
-    raw = [(SPEC / "vectors" / name / file).read_bytes() for file in files]
-    return packed_of(name, (rows, cols), raw), (SPEC / "vectors" / name / f"{numbers}.f32").read_bytes()
 
 
 @pytest.mark.kernels
@@ -90,7 +42,7 @@ def vector(name: str, kind: str, numbers: str) -> tuple[PackedTensor, bytes]:
     ],
 )
 def test_vectors_decode_and_pack_to_the_byte(name: str, kind: str, numbers: str) -> None:
-    packed, weight = vector(name, kind, numbers)
+    packed, weight = vector_of(name, kind, numbers)
     assert packed.decode().tobytes() == weight
     assert packed_again(packed) == bytes_of(packed)
 
@@ -104,7 +56,7 @@ def encoder_of(name: str) -> str:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if encoder_of(n)])
 def test_vectors_encode_to_the_byte(name: str) -> None:
-    packed, _ = vector(name, "packed", "decoded")
+    packed, _ = vector_of(name, "packed", "decoded")
     shape = MANIFEST[f"{name}/weights.f32"]["shape"]
     weight = np.frombuffer((SPEC / "vectors" / name / "weights.f32").read_bytes(), "<f4").reshape(shape)
     assert bytes_of(codecs.get(name).encode(weight, encoder_of(name))) == bytes_of(packed)
@@ -113,7 +65,7 @@ def test_vectors_encode_to_the_byte(name: str) -> None:
 @pytest.mark.parametrize("name", ["bitnet", "bitnet_divide"])
 def test_bitnet_vectors_that_transformers_packed_are_encoded_again(name: str) -> None:
     """Codes and scale: also 26.75, by which the weights were divided."""
-    packed, weight = vector(name, "packed", "decoded")
+    packed, weight = vector_of(name, "packed", "decoded")
     again = codecs.get(name).encode(np.frombuffer(weight, "<f4").reshape(packed.shape))
     assert bytes_of(again) == bytes_of(packed)
 
@@ -397,7 +349,7 @@ def test_all_zero_weights_become_what_the_pages_say(name: str, zeros: str) -> No
     ],
 )
 def test_what_the_pages_call_exactly_convertible_comes_back(source: str, target: str) -> None:
-    packed, _ = vector(source, "packed", "decoded")
+    packed, _ = vector_of(source, "packed", "decoded")
     there = packed.repack(codecs.get(target).layout)
     assert there.decode().tobytes() == packed.decode().tobytes()
     assert bytes_of(there.repack(packed.layout)) == bytes_of(packed)
