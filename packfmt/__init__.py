@@ -51,8 +51,10 @@ __all__ = [
 ]
 
 
-def pack(weight: Array, layout: str, encoder: str = "") -> PackedTensor:
+def pack(weight: Array, layout: str, encoder: str = "", importance: Array | None = None) -> PackedTensor:
     """Pack a weight of shape (..., cols) and any float dtype into a layout, by name.
+
+    importance : what an error of each weight costs, (cols,) or the weight's shape, for encoders that weigh it
 
     Raises
     ------
@@ -63,7 +65,7 @@ def pack(weight: Array, layout: str, encoder: str = "") -> PackedTensor:
     """
     from packfmt import codecs
 
-    return codecs.get(layout).encode(weight, encoder)
+    return codecs.get(layout).encode(weight, encoder, importance=importance)
 
 
 def formats() -> tuple[str, ...]:

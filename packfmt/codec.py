@@ -28,7 +28,7 @@ def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return prod(shape[:-1]), shape[-1] if shape else 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PackedTensor:
     """A weight in packed form: its logical shape and dtype, and one array per component.
 
@@ -58,6 +58,9 @@ class PackedTensor:
                     f"{self.layout.name}: component {name!r} is {array.dtype} {array.shape}, "
                     f"needs {dtype} {shape} for a weight of shape {self.shape}"
                 )
+
+    def __repr__(self) -> str:
+        return f"PackedTensor({self.layout.name}, {self.shape}, {self.nbytes} bytes, was {self.dtype})"
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -131,7 +134,9 @@ def encoding_bytes(layout: Layout, shape: tuple[int, ...], lossless: bool = Fals
     planes = seen.planes if isinstance(seen, respelling.View) else 1
     blocks = len(layout.components) == 1 and layout.grid.name not in ("pairs", "tl2")
     each = (5 if blocks else 10) + (2 * planes if planes > 1 else 0) + (7 if lossless else 0)
-    return each * prod(shape)
+    copied = layout.hadamard or any(m.name in ("perm", "columns") for _, m, _ in layout.members())
+    tried = layout.grid.name == "scaled" and "<f4" in {m.dtype for _, m, _ in layout.members() if m.name == "scale"}  # type: ignore[union-attr]
+    return (each + (4 if copied or tried else 0)) * prod(shape)
 
 
 def same_numbers(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
@@ -151,11 +156,12 @@ class Codec:
     An encoder takes (rows, cols) float32, all finite, of a shape that fits, and returns the parts
     in the dtypes of `layout.fit`. It is the only function that may lose information.
 
-    weighted : encoders that also take `importance`, (1 or rows, cols) float32
+    weighted : encoders that also take `importance`, (1 or rows, cols) float32, finite and not negative
     fast : for some encoders, what gives the components at once: the same bytes as packing the parts; or
         None for a weight that is not finite or cannot be encoded, which the slower way explains
     remark : what an encoder does to this weight that a user should know, in words; empty if nothing
     shared : encoders that also take `peak`, for several tensors can have one scale in common
+    least_cols : columns that a weight must have at least
     """
 
     layout: Layout
@@ -164,6 +170,7 @@ class Codec:
     fast: Mapping[str, Callable[[npt.NDArray[np.float32]], dict[str, Array] | None]] = field(default_factory=dict)
     remark: Callable[[npt.NDArray[np.float32]], str] | None = None
     shared: tuple[str, ...] = ()
+    least_cols: int = 0
 
     def encode(
         self,

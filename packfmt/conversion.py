@@ -24,9 +24,15 @@ from packfmt.plan import DENSE_AGAIN, MAX_SHARD, RESCALE, RESTORED, Plan, Recipe
 Progress = Callable[[str], None]  # called with the tensor's name when a step is done
 NO_FOLDERS = (".onnx", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".npz", ".json", ".ggml", ".msgpack", ".zip")
 MOST_LINES = 8  # of refused tensors
-FUSED_NAMES = (("q_proj", "k_proj", "v_proj", "query", "key", "value", "attn_q", "attn_k", "attn_v"),
-               ("gate_proj", "up_proj", "w1", "w3", "ffn_gate", "ffn_up"))  # fmt: skip
+FUSED_NAMES = (
+    ("q_proj", "k_proj", "v_proj", "query", "key", "value", "attn_q", "attn_k", "attn_v"),
+    ("gate_proj", "up_proj", "w1", "w3", "ffn_gate", "ffn_up"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
 FUSED = re.compile(rf"(^|.*\.)({'|'.join(name for names in FUSED_NAMES for name in names)})(\.weight)$")
+SWAPPED = (
+    "experts are (experts, outputs, inputs), as gpt-oss packs them; transformers' dense model has the last two swapped"
+)
 SPARE = 1 << 20  # bytes of disk wanted beside the tensors, for headers
 
 
@@ -135,6 +141,8 @@ def saved_plan(path: Path, model: Checkpoint, target: Path, container: str = "")
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise PlanError(f"{path}: not a saved plan: {error}") from error
+    if not container and isinstance(data, dict) and data.get("container") in exporters.FOLDERS:
+        container = data["container"]
     try:
         return from_json(data, model.index, target_container(target, container), codecs.get)
     except PlanError as error:
@@ -187,10 +195,19 @@ def run(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(f"{target}: the disk is full; nothing was left under this name") from error
         raise MachineError(f"{target}: {error.strerror or error}") from error
+    if _swapped(plan, model):
+        remarks.append(SWAPPED)
     written = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
     size = sum(f.stat().st_size for f in written)
     source = sum(i.nbytes for i in model.index.values())
     return Report(plan, target, source, size, time.perf_counter() - begin, tuple(remarks))
+
+
+def _swapped(plan: Plan, model: Checkpoint) -> bool:
+    """Whether experts of gpt-oss become dense: transformers has them the other way round then."""
+    says = (model.extras.config or {}).get("quantization_config")
+    gpt_oss = isinstance(says, dict) and says.get("quant_method") == "mxfp4"
+    return gpt_oss and any(s.action == "decode" and len(s.shape) == 3 for s in plan.steps)
 
 
 def _costs(plan: Plan, importance: Mapping[str, Array]) -> Iterator[str]:
@@ -229,9 +246,9 @@ def _results(
             tensor = model[step.name]
             result = apply(step, tensor, importance.get(step.name), peak(step))
         except LayoutError as error:
-            hint = "; --encoder NAME would round it" if step.action == "repack" else ""
+            hint = "; --encoder NAME would round it" if step.action in ("repack", RESCALE) else ""
             raise LayoutError(f"{step.name}: {error}{hint}") from error
-        if text := _remark(step, tensor):
+        if text := _remark(step, tensor, result):
             remarks.append(f"{step.name}: {text}")
         yield result
         del result
@@ -260,9 +277,8 @@ def _shared_peaks(plan: Plan, model: Checkpoint) -> Callable[[Step], float | Non
         if group is None or len(together[group]) == 1:
             return None
         if group not in found:
-            found[group] = max(
-                float(np.abs(_weight(model[s.name]).astype(np.float32)).max(initial=0)) for s in together[group]
-            )
+            peaks = [float(np.abs(_weight(model[s.name]).astype(np.float32)).max(initial=0)) for s in together[group]]
+            found[group] = max([p for p in peaks if np.isfinite(p)], default=0)  # what is not finite is refused later
         return found[group]
 
     return peak
@@ -291,8 +307,12 @@ def _weight(tensor: PackedTensor) -> Array:
     return dense_values(tensor) if dense_dtype(tensor.layout) else tensor.decode()
 
 
-def _remark(step: Step, tensor: PackedTensor) -> str:
-    """What the encoder of a step did that a user should know."""
+def _remark(step: Step, tensor: PackedTensor, result: PackedTensor) -> str:
+    """What the encoder of a step did, or what it found, that a user should know."""
+    if step.action == "decode":
+        values = dense_values(result)
+        ends = np.array([values.min(initial=0), values.max(initial=0)], np.float64)  # both keep a NaN
+        return "" if np.isfinite(ends).all() else "some weights are not finite; packfmt validate says where"
     if step.action not in ("quantise", "requantise"):
         return ""
     remark = codecs.get(step.layout.name).remark

@@ -108,8 +108,9 @@ def decoder(layout: Layout) -> Decoder | None:
         factor = F32(1)
         if whole:
             (factor,) = components[whole].reshape(-1).astype(F32)
-        if (scale.cols and cols % scale.cols) or np.isnan(factor):
-            return False  # fewer columns share the last scale; which NaN survives is the processor's choice
+        # the last cell or scale is cut off at the edge; or which NaN survives is the processor's choice
+        if cols % codes.cols or (scale.cols and cols % scale.cols) or np.isnan(factor):
+            return False
         records = _rows(components[codes.component], rows)
         places = places_of(records.shape[1] // codes.nbytes)
         scales = numbers(components[scale.component], rows, factor)

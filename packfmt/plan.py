@@ -227,7 +227,10 @@ def _some(names: list[str]) -> str:
 
 def _census(steps: list[Step]) -> str:
     reasons = [s.reason for s in steps]
-    return ", ".join(f"{reasons.count(r)} tensors stay ({r})" for r in dict.fromkeys(reasons)) or "there are no tensors"
+    counts = ((reasons.count(r), r) for r in dict.fromkeys(reasons))
+    return (
+        ", ".join(f"{n} tensors stay ({r})" if n > 1 else f"1 stays ({r})" for n, r in counts) or "there are no tensors"
+    )
 
 
 def _rule(pattern: str, to: str) -> tuple[re.Pattern[str], str]:
@@ -248,19 +251,17 @@ def _step(
     if info.layout is None:
         why = info.why or "which no layout of packfmt describes; convert it with the tool that made it"
         raise PlanError(f"stored as {info.kind}, {why}")
-    target, reason = _choose(info, recipe, rules, container)
+    target, reason = _choose(info, recipe, rules, shelf, container)
     if target != KEEP and info.name + "_scale_inv" in index:
         raise PlanError("has a weight_scale_inv beside it, so its numbers alone are not the weight; not read yet")
     if recipe.to != KEEP and info.dtype == "uint8" and info.layout == DENSE["u8"] and info.name + "_scale" in index:
         raise PlanError(
             "has a weight_scale beside it; if these are Hugging Face's BitNet weights, say --read-as U8=bitnet"
         )
-    if target not in (KEEP, DENSE_AGAIN) and (misfit := _misfit(shelf[target].layout, info.shape)):
+    if target not in (KEEP, DENSE_AGAIN) and (misfit := _misfit(shelf[target], info.shape)):
         have, noun, need = misfit
         if not recipe.fallback:
-            raise PlanError(
-                f"{have} {noun}, {target} needs a multiple of {need}; choose with --fallback LAYOUT or --map"
-            )
+            raise PlanError(f"{have} {noun}, {target} needs {need}; choose with --fallback LAYOUT or --map")
         target, reason = recipe.fallback, f"--fallback, as {have} {noun} do not fill {target}"
     layout = _layout(info, target, shelf)
     layout.fit(*matrix(info.shape))  # the fallback may not fit either
@@ -324,7 +325,11 @@ def _inexact(info: TensorInfo, layout: Layout) -> str:
 
 
 def _choose(
-    info: TensorInfo, recipe: Recipe, rules: list[tuple[re.Pattern[str], str]], container: Holder
+    info: TensorInfo,
+    recipe: Recipe,
+    rules: list[tuple[re.Pattern[str], str]],
+    shelf: Mapping[str, Codec],
+    container: Holder,
 ) -> tuple[str, str]:
     """The target and the rule that chose it."""
     assert info.layout is not None
@@ -338,6 +343,9 @@ def _choose(
         return KEEP, "--to keep"
     if dtype and (why := stays(info.name, info.shape, dtype) or container.leaves(info.name, info.shape)):
         return KEEP, why
+    other = not dtype and recipe.to in shelf and info.layout != shelf[recipe.to].layout
+    if other and (why := container.leaves(info.name, info.shape)):
+        return DENSE_AGAIN, why
     return recipe.to, WEIGHTS if dtype else "packed"
 
 
@@ -369,13 +377,13 @@ def stays(name: str, shape: tuple[int, ...], dtype: str) -> str:
     return ""
 
 
-def _misfit(layout: Layout, shape: tuple[int, ...]) -> tuple[int, str, int] | None:
-    """How many rows or columns a tensor has, which of both, and what they need be a multiple of; None if all fits."""
+def _misfit(codec: Codec, shape: tuple[int, ...]) -> tuple[int, str, str] | None:
+    """How many rows or columns a tensor has, which of both, and what they need be, in words; None if all fits."""
     rows, cols = matrix(shape)
-    for have, noun, need in (cols, "columns", layout.block["cols"]), (rows, "rows", layout.block["rows"]):
+    for have, noun, need in (cols, "columns", codec.layout.block["cols"]), (rows, "rows", codec.layout.block["rows"]):
         if have % need:
-            return have, noun, need
-    return None
+            return have, noun, f"a multiple of {need}"
+    return (cols, "columns", f"{codec.least_cols} or more") if cols < codec.least_cols else None
 
 
 def _shards(steps: tuple[Step, ...], most: int, container: str) -> tuple[Step, ...]:

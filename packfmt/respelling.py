@@ -44,6 +44,7 @@ class View(NamedTuple):
     planes: int
     dtype: str  # of scales
     scales: str  # what bytes of scales mean: a number format, or POWERS; empty: nothing but their dtype
+    exponent: int  # of POWERS: the byte that is one
     whole: str  # what a scale of the whole tensor does: times, divides, or empty
     share: tuple[int, int]  # rows and columns of the weight that share a scale
     ratio: int  # of a plane's scale to the next one's; 0: each has its own
@@ -101,7 +102,7 @@ def view(layout: Layout, shape: Shape) -> View | str:
     perm, divides = "perm" in parts, layout.grid.name == "quotient"
     apart = 1 if perm else params.get("stride", 0)
     return View(
-        frozenset(known), table if single else (), each, planes, scale.dtype, meaning, whole,
+        frozenset(known), table if single else (), each, planes, scale.dtype, meaning, params.get("exponent", 0), whole,
         (share["rows"], share["cols"]), ratio, divides, apart, perm, layout.hadamard,
     )  # fmt: skip
 
@@ -191,20 +192,21 @@ def condition(source: Layout, target: Layout, shape: Shape) -> str:
 
 def _all_scales(a: View, b: View) -> bool:
     """Whether every scale that one layout can have is one that the other can have."""
-    if (a.ratio and not b.ratio) or a.unit != b.unit or bool(a.whole) != bool(b.whole):
+    if (a.ratio and not b.ratio) or bool(a.whole) != bool(b.whole):
         return False
-    if (a.dtype, a.scales) == (b.dtype, b.scales) or (b.dtype == "<f4" and not b.scales):
+    if (a.dtype, a.scales, a.exponent, a.unit) == (b.dtype, b.scales, b.exponent, b.unit):
         return True
-    if not a.scales and dtype_of(a.dtype).itemsize > 1:
-        return False
-    mine, theirs = _known(a), _known(b)
-    return bool(np.isin(mine[~np.isnan(mine)], theirs).all() and np.isnan(mine).any() <= np.isnan(theirs).any())
+    mine = _known(a)
+    if not mine.size:
+        return b.dtype == "<f4" and not b.scales and a.unit == b.unit
+    return not _stored(mine * (a.unit / b.unit), b)[1].any()
 
 
 def _known(of: View) -> Doubles:
     """All numbers that scales of so few bits can be; none if they are many."""
     if of.scales == POWERS:
-        return np.zeros(0)
+        powers: Doubles = np.ldexp(1.0, np.arange(256) - of.exponent)
+        return powers
     if of.scales:
         return minifloat.numbers(of.scales).astype(F64)
     if (dtype := dtype_of(of.dtype)).itemsize > 1:
@@ -217,7 +219,8 @@ def held(source: Layout, target: Layout, shape: Shape) -> int:
     a, b = view(source, shape), view(target, shape)
     assert isinstance(a, View) and isinstance(b, View)
     weights = shape[0] * shape[1] * max(a.planes, b.planes)
-    return weights * (HELD_PERMUTED if a.perm != b.perm else HELD)
+    crossed = not _finer(a, b, shape) and not _finer(b, a, shape)
+    return weights * (HELD_PERMUTED if crossed or a.perm != b.perm else HELD)
 
 
 def respell(
@@ -286,7 +289,7 @@ def _beside_codes(
     few = found.dtype.itemsize == 1 and bool(a.whole) == bool(b.whole)
     each = np.arange(256, dtype=np.uint8).view(found.dtype)[None] if few else found
     scale, whole = _scales(source, a, b, {**parts, "scale": each}, rounded_reciprocal)
-    stored, lost = (array[:, 0] for array in _stored(scale, target.grid, b))
+    stored, lost = (array[:, 0] for array in _stored(scale, b))
     if few:
         stored, lost = (array[0, found.view(np.uint8)] for array in (stored, lost))
     if lost.any():
@@ -326,18 +329,31 @@ def _scales(
 ) -> tuple[Doubles, np.float32 | None]:
     """What multiplies the target's steps, or divides if it does so: (rows, planes, groups), and its global scale."""
     whole: np.float32 | None = None
-    if a.whole and b.whole:
-        whole = F32(parts["global_scale"].reshape(-1)[0])
-        if a.whole != b.whole:
-            whole = _reciprocal(whole, rounded_reciprocal)
     scale = _numbers(source.grid, a, parts, folded=not b.whole)
     if a.divides != b.divides:
         scale = _inverse(scale)
     scale = scale * (a.unit / b.unit)
+    if a.whole and b.whole:
+        whole = F32(parts["global_scale"].reshape(-1)[0])
+        if a.whole != b.whole:
+            if whole == (0 if a.whole == "times" else np.inf):  # all weights are zero, and so can all scales be
+                return np.where(np.isfinite(scale), 0, np.nan), F32(1)
+            whole = _reciprocal(whole, rounded_reciprocal)
+        if a.unit != b.unit:
+            _check_normal(scale * (F64(whole) if b.whole == "times" else 1 / F64(whole)))
     if b.whole and not a.whole:
         power = _power_for(scale, _known(b))
+        if (scale.astype(F32) != scale)[np.isfinite(scale)].any():
+            raise _Misfit("a scale is too small or too large for float32")
         scale, whole = scale / power, F32(power if b.whole == "times" else 1 / power)
     return scale, whole
+
+
+def _check_normal(products: Doubles) -> None:
+    """Refuse scales whose product with that of the tensor is subnormal or infinite: it would round otherwise."""
+    size = np.abs(products[np.isfinite(products) & (products != 0)])
+    if size.size and not (np.finfo(F32).tiny <= size.min() and size.max() <= 2.0**126):
+        raise _Misfit("a scale times that of the tensor is too small or too large to be sure of its rounding")
 
 
 def _numbers(grid: Grid, a: View, parts: Arrays, folded: bool) -> Doubles:
@@ -374,13 +390,10 @@ def _power_for(scale: Doubles, known: Doubles) -> float:
     return float(power)
 
 
-def _stored(scale: Doubles, grid: Grid, b: View) -> tuple[Array, Array]:
+def _stored(scale: Doubles, b: View) -> tuple[Array, Array]:
     """Scales in the target's form, and which of them it has not got."""
     if b.scales:
-        if b.scales == POWERS:
-            numbers = np.ldexp(1.0, np.arange(256) - grid["exponent"])
-        else:
-            numbers = minifloat.numbers(b.scales).astype(F64)
+        numbers = _known(b)
         code = np.lexsort((np.arange(numbers.size), numbers))  # of equal numbers the lowest code first, NaN last
         place = np.minimum(np.searchsorted(numbers[code], scale), numbers.size - 1)
         out = code[place].astype(dtype_of(b.dtype))
@@ -429,14 +442,14 @@ def _write(
         steps, scale = (np.pad(x, ((0, 0), added, (0, 0))) for x in (steps, scale))
     cells = _Cells(steps, scale, share, b.share)
     wanted = cells.regrouped(clear=b.quads > 0)
-    before, steps = steps, cells.without_strays(steps, wanted)
+    before, steps = steps, cells.without_strays(steps, wanted if b.ratio else _landed(wanted, b, cells.used_there))
     for value in _outside(steps, b.steps):
         count = int((steps == value).sum())
         raise _Misfit(f"{count} of {steps.size} weights are {value} times their scale, for which there is no code")
     used: Array = cells.used_there
     if b.ratio:
         wanted, used = _untied(wanted, cells, b), np.logical_or.reduce(used, 1, keepdims=True)
-    stored = _cast(wanted, target.grid, b, used)
+    stored = _cast(wanted, b, used)
     if a.table == b.table != () and steps is before and a.perm == b.perm:
         codes, bad = parts["codes"], None  # two codes may mean zero, and each stays what it is
     else:
@@ -498,6 +511,7 @@ class _Cells:
         out[tuple(place)] = self.scales[::-1, :, ::-1][used]
         there = out[self.place]
         apart = self.used & (there != self.scales) & ~(np.isnan(there) & np.isnan(self.scales))
+        apart |= ~self.used & ~np.isfinite(there)  # what is zero would not stay so
         if apart.any():
             at = _first(apart)
             mine = [int(self.rows[at[0]] // self.here[0]), int(self.cols[at[2]] // self.here[1])]
@@ -531,9 +545,16 @@ def _untied(wanted: Doubles, cells: _Cells, b: View) -> Doubles:
     return base
 
 
-def _cast(scale: Doubles, grid: Grid, b: View, used: Array) -> Array:
+def _landed(wanted: Doubles, b: View, used: Array) -> Doubles:
+    """The scales that `_cast` makes of these."""
+    known = _known(b)  # floats of two bytes or more begin with zero
+    first = known[0] if known.size else 0
+    return np.where(_stored(wanted, b)[1] & ~used, first, wanted)
+
+
+def _cast(scale: Doubles, b: View, used: Array) -> Array:
     """Scales in the target's form; those that no number needs become its first where it has not got them."""
-    out, lost = _stored(scale, grid, b)
+    out, lost = _stored(scale, b)
     out.view(np.uint8).reshape(*out.shape, -1)[lost & ~used] = 0
     if (lost & used).any():
         at = _first(lost & used)

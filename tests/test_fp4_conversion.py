@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from itertools import permutations
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from packfmt import checkpoint, codecs, conversion
+from packfmt import checkpoint, codecs, conversion, grids
 from packfmt.codec import PackedTensor, exact_if, only_inverts, same_numbers, why_inexact
 from packfmt.errors import LayoutError, PlanError
 from packfmt.layout import dtype_of
@@ -282,3 +284,138 @@ def test_layers_that_run_as_one_share_the_scale_of_the_tensor(tmp_path: Path) ->
 def test_the_bytes_of_scales_are_those_of_ml_dtypes() -> None:
     packed = codecs.get("nvfp4_ct").encode(normal(*SHAPE))
     assert packed.components["weight_scale"].dtype == ml_dtypes.float8_e4m3fn
+
+
+# ---------------------------------------------------------------- what only numbers can tell
+
+
+def test_a_zero_scale_beside_codes_stays_zero_where_no_scale_is_zero() -> None:
+    codes = np.full((1, 64), 2)
+    for scale in ([0, 0, 0, 0], [0, 0x38, 0x38, 0x38], [0, 0, 0x38, 0x38]):
+        packed = made("nvfp4_modelopt", codes, np.array([scale]), 1)
+        for target in ("mxfp4_pairs", "mxfp4_e8m0", "mxfp4"):
+            assert np.array_equal(packed.repack(layout(target)).decode(), packed.decode())
+    nothing = PackedTensor(
+        layout("bitnet"),
+        (32, 32),
+        {"weight": np.zeros((8, 32), np.uint8), "weight_scale": np.zeros(1, ml_dtypes.bfloat16)},
+    )
+    assert not nothing.repack(layout("mxfp4")).decode().any()
+
+
+def test_zeros_beside_what_is_no_number_are_not_made_no_numbers() -> None:
+    codes = np.full((1, 32), 2)
+    codes[0, :16] = 0
+    with pytest.raises(LayoutError, match="share one there"):
+        made("nvfp4_modelopt", codes, np.array([[0x38, 0x7F]]), 1).repack(layout("mxfp4_pairs"))
+
+
+def test_a_tensor_whose_scale_is_zero_has_zeros_everywhere() -> None:
+    packed = made("nvfp4_modelopt", np.full((1, 32), 9), np.array([[0x38, 0x40]]), 1)
+    packed.components["weight_scale_2"][:] = 0
+    moved = packed.repack(layout("nvfp4_ct"))
+    assert same(moved.decode(), packed.decode()) and moved.components["weight_global_scale"].tolist() == [1.0]
+
+
+def test_products_too_small_to_round_alike_are_refused() -> None:
+    packed = made("nvfp4_modelopt", np.full((1, 32), 2), np.array([[0x38, 0x38]]), 1.4e-45)
+    with pytest.raises(LayoutError, match="too small or too large to be sure of its rounding"):
+        packed.repack(layout("nvint4"))
+
+
+def test_what_every_scale_can_become_is_known_before_reading() -> None:
+    assert exact_if(layout("mxfp4"), layout("q8_0"), SHAPE) == "every scale is a float16"
+    assert exact_if(layout("mxfp4"), layout("ct_int8_g32_f32"), SHAPE) == ""
+    assert exact_if(layout("mxfp4_e8m0"), layout("mxfp4_pairs"), SHAPE) == ""
+
+
+@pytest.mark.parametrize("name", ["mxfp4_out999", "arcquant_512"])
+def test_more_channels_than_columns_are_refused_in_the_plan(tmp_path: Path, name: str) -> None:
+    model = models.folder(tmp_path / "m", {"a.weight": normal(64, 128)})
+    with checkpoint.open(model) as source, pytest.raises(PlanError, match=rf"128 columns, {name} needs \d+ or more"):
+        conversion.plan_for(source, tmp_path / "o", Recipe(name))
+
+
+def test_an_embedding_that_is_packed_becomes_dense_where_it_must_be(tmp_path: Path) -> None:
+    model = models.folder(tmp_path / "m", {n: normal(64, 128) for n in ("embed_tokens.weight", "a.q_proj.weight")})
+    conversion.convert(model, tmp_path / "p", "nvfp4")
+    report = conversion.convert(tmp_path / "p", tmp_path / "ct", "nvfp4_ct", container="compressed_tensors")
+    actions = {s.name: (s.action, s.layout.name) for s in report.plan.steps}
+    assert actions == {"embed_tokens.weight": ("decode", "f32"), "a.q_proj.weight": ("rescale", "nvfp4_ct")}
+
+
+def test_importance_of_columns_reaches_every_encoder_that_weighs_it() -> None:
+    weight = normal(128, 256)
+    costs = np.ones(256, F32)
+    costs[::7] = 100
+    names = [n for n in (*codecs.names(), "nvfp4_out4", "arcquant_64", "nvfp4_x4", "e2m1_g32", "ct_int4_g32")]
+    weighed = 0
+    for name in names:
+        codec = codecs.get(name)
+        for encoder in codec.weighted:
+            if name == "ptq161":
+                continue  # which asks for activations of all columns
+            found = codec.encode(weight, encoder, importance=costs).decode()
+            plain = codec.encode(weight, encoder).decode()
+            cost = [float(((w - weight).astype(np.float64) ** 2 * costs).sum()) for w in (found, plain)]
+            assert cost[0] <= cost[1] * (1 + 1e-6), (name, encoder)
+            weighed += 1
+    assert weighed > 30
+
+
+def test_a_plan_knows_its_folder(tmp_path: Path) -> None:
+    model = models.folder(tmp_path / "m", {"a.q_proj.weight": normal(64, 128)})
+    with checkpoint.open(model) as source:
+        plan = conversion.plan_for(source, tmp_path / "ct", Recipe("nvfp4_ct"), "compressed_tensors")
+        (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+        assert conversion.saved_plan(tmp_path / "plan.json", source, tmp_path / "ct") == plan
+
+
+def test_a_rotation_beyond_float32_is_refused() -> None:
+    weight = np.full((1, 32), 1e38, F32)
+    for encoder in codecs.get("mxfp4_h32").encoders:
+        with pytest.raises(LayoutError, match="mxfp4_h32: rotated weights are beyond float32"):
+            codecs.get("mxfp4_h32").encode(weight, encoder)
+
+
+@pytest.mark.parametrize(("name", "most"), [("hif4", 344064), ("nvfp4_plain", 2688), ("fp4_ue5m3", 688128)])
+def test_weights_beyond_the_largest_number_are_told(tmp_path: Path, name: str, most: float) -> None:
+    weight = normal(64, 128)
+    weight[3, 5] = -1e9
+    model = models.folder(tmp_path / "m", {"a.weight": weight})
+    (remark,) = conversion.convert(model, tmp_path / "o", name).remarks
+    assert remark.startswith(f"a.weight: 1 of 8192 weights are beyond {most:g}")
+    (tmp_path / "n").mkdir()
+    assert not conversion.convert(
+        models.folder(tmp_path / "n/m", {"a.weight": normal(64, 128)}), tmp_path / "p", name
+    ).remarks
+
+
+def test_decoding_tells_of_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    packed = codecs.get("mxfp4_pairs").encode(normal(64, 128))
+    model = models.folder(tmp_path / "m", {"a.weight": normal(64, 128)})
+    conversion.convert(model, tmp_path / "p", "mxfp4_pairs")
+    path = tmp_path / "p" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    scale = packed.components["weight_scale"].tobytes()
+    raw[raw.index(scale)] = 255
+    header = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+    digest = hashlib.sha256(scale).hexdigest().encode()
+    raw[8 : 8 + len(header)] = header.replace(digest, hashlib.sha256(b"\xff" + scale[1:]).hexdigest().encode())
+    path.write_bytes(raw)
+    with checkpoint.open(tmp_path / "p") as source:
+        report = conversion.run(conversion.decode_plan(source, tmp_path / "d"), source, tmp_path / "d")
+    assert report.remarks == ("a.weight: some weights are not finite; packfmt validate says where",)
+
+
+# ---------------------------------------------------------------- what is cut off at the edge
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "name", ["ct_int4_row", "ct_int2_row", "ct_int3_legacy_row", "ct_int7_legacy_row_asym", "fp8_block"]
+)
+@pytest.mark.parametrize("cols", [3, 64, 101])
+def test_cells_beyond_the_edge_are_read_within_bounds(name: str, cols: int) -> None:
+    packed = codecs.get(name).encode(normal(3, cols))
+    assert same(packed.decode(), grids.decode(packed.layout, (3, cols), packed.components))

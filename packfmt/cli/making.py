@@ -295,4 +295,5 @@ def _ratio(before: int, after: int) -> str:
 
 
 def _action(action: str, exact: bool) -> str:
-    return f"{action} ({'exact' if exact else 'lossy'})"
+    # a scale that has an exact reciprocal is only known when it is read
+    return f"{action} ({'exact' if exact else 'last bits' if action == 'rescale' else 'lossy'})"

@@ -54,6 +54,18 @@ PATTERNS = {  # module -> the names that it makes formats of: an expression, and
     "tl2": (r"tl2(_[1-9]\d{0,6}){4}", "tl2_<rows>_<cols>_<bm>_<bk>"),
 }
 
+NEARLY = {  # module -> what names look like that were meant for it
+    "arcquant": r"arcquant.*",
+    "minifloats": r"e\d+m\d+.*",
+    "mote": r"mote.*",
+    "nvfp4_experts": r"nvfp4_x.*",
+    "outlier_channels": r".*_out\d*",
+    "packed_int": r"ct_int.*",
+    "rotated": r".*_h\d+",
+    "tl1": r"tl1.*",
+    "tl2": r"tl2.*",
+}
+
 
 @cache
 def _modules() -> dict[str, str]:
@@ -85,10 +97,12 @@ def get(name: str) -> Codec:
             made: Codec = import_module(f"{__name__}.{module}").codec(name)
             return made
     if name not in _modules():
-        called = [n for n in names() if name.upper() in (other.upper() for _, other in get(n).layout.also)]
-        numbered = [written for m, (_, written) in PATTERNS.items() if name.split("_")[0] == m]
+        called = [
+            n for n in names() if name.upper() in (n.upper(), *(other.upper() for _, other in get(n).layout.also))
+        ]
+        numbered = [PATTERNS[m][1] for m, loosely in NEARLY.items() if re.fullmatch(loosely, name)]
         near = called or numbered or get_close_matches(name, names(), 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
+        hint = f"did you mean {' or '.join(near)}?" if near else "packfmt formats lists them"
         raise PlanError(f"no format is called {name!r}; {hint}")
     holder = import_module(_modules()[name])
     codec: Codec = holder.CODECS[name] if hasattr(holder, "CODECS") else holder.CODEC

@@ -54,7 +54,7 @@ def codec(name: str) -> Codec:
     )
     rules = ("best", "modelopt")
     encoders = {r: partial(_encode, rule=r, residual=residual, name=name) for r in rules}
-    return Codec(layout, encoders, ("best",))
+    return Codec(layout, encoders, ("best",), least_cols=residual)
 
 
 def _encode(
@@ -64,7 +64,7 @@ def _encode(
     total = weight.shape[1]
     if total < residual or total % GROUP:
         raise LayoutError(f"{name}: {total} columns, needs {residual} or more and a multiple of {GROUP}")
-    measure = np.abs(weight).max(0, initial=0) if importance is None else importance.sum(0)
+    measure = np.abs(weight).max(0, initial=0) if importance is None else importance.sum(0, dtype=np.float64)
     perm = np.argsort(measure, kind="stable").astype(np.uint32)
     costs = None if importance is None else np.ascontiguousarray(importance[:, perm])
     found = parts_of(fp4.nvfp4(np.ascontiguousarray(weight[:, perm]), rule, importance=costs))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from packfmt.codec import Codec
-from packfmt.codecs.nvfp4 import SCALES, SECOND, parts_of
+from packfmt.codecs.nvfp4 import SCALES, SECOND, above, parts_of
 from packfmt.kernels import hif4, scaled
 from packfmt.layout import Codes, Component, Layout, Values, cols, grid, rows
 
@@ -88,7 +88,17 @@ def _codec(layout: Layout, function: Any, *rules: str) -> Codec:
 
 CODECS = {
     "nvint4": _codec(NVINT4, scaled.nvint4, "best", "rtn"),
-    "fp4_ue5m3": Codec(UE5M3, {r: partial(scaled.fp4_ue5m3, rule=r) for r in ("best", "rtn")}, ("best",)),
+    "fp4_ue5m3": Codec(
+        UE5M3,
+        {r: partial(scaled.fp4_ue5m3, rule=r) for r in ("best", "rtn")},
+        ("best",),
+        remark=partial(above, most=6 * 114688),
+    ),
     "if4": _codec(IF4, scaled.if4, "best", "fouroversix"),
-    "hif4": Codec(HIF4, {r: partial(hif4.hif4, rule=r) for r in ("best", "amct")}, ("best",)),
+    "hif4": Codec(
+        HIF4,
+        {r: partial(hif4.hif4, rule=r) for r in ("best", "amct")},
+        ("best",),
+        remark=partial(above, most=7 * 49152),
+    ),
 }

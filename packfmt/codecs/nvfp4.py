@@ -139,6 +139,14 @@ def _plain(weight: np.ndarray, rule: str, **choice: Any) -> Parts:
     return {name: parts[name] for name in ("codes", "scale")}
 
 
+def above(weight: np.ndarray, most: float) -> str:
+    """How many weights are beyond the largest number of a layout without a scale for the tensor, in words."""
+    if max(-weight.min(initial=0), weight.max(initial=0)) <= most:
+        return ""
+    count = int((np.abs(weight) > most).sum())
+    return f"{count} of {weight.size} weights are beyond {most:g}, the largest number there is, and become that"
+
+
 def _codec(layout: Layout, *parity: str, down: bool = False) -> Codec:
     rules = ("best", "four_over_six", "tiles", *parity)
     divides, e4m3 = layout.grid["global_scale"] == "divides", not layout.grid["scale"]
@@ -149,7 +157,9 @@ def _codec(layout: Layout, *parity: str, down: bool = False) -> Codec:
 
 CODECS = {
     "nvfp4": _codec(GGUF, "modelopt"),
-    "nvfp4_plain": Codec(PLAIN, {r: partial(_plain, rule=r) for r in ("best", "ggml")}, ("best",)),
+    "nvfp4_plain": Codec(
+        PLAIN, {r: partial(_plain, rule=r) for r in ("best", "ggml")}, ("best",), remark=partial(above, most=6 * 448)
+    ),
     "nvfp4_modelopt": _codec(TWO, "modelopt", "torchao"),
     "nvfp4_ct": _codec(CT_LAYOUT, "compressed-tensors"),
     "nvfp4_rows": _codec(ROWS, "modelopt", down=True),

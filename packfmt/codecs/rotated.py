@@ -15,6 +15,7 @@ import numpy as np
 
 from packfmt import codecs
 from packfmt.codec import Codec, Encoder
+from packfmt.errors import LayoutError
 from packfmt.kernels import hadamard
 
 SOURCE = "FP-Quant d2e3092 (MR-GPTQ), block Hadamard rotation of weights and activations"
@@ -32,12 +33,17 @@ def codec(name: str) -> Codec:
         sources=(*base.layout.sources, SOURCE),
         also=(),
     )
-    encoders = {rule: partial(_rotated, encoder=encoder, size=size) for rule, encoder in base.encoders.items()}
+    encoders = {
+        rule: partial(_rotated, encoder=encoder, size=size, name=name) for rule, encoder in base.encoders.items()
+    }
     return Codec(layout, encoders)
 
 
-def _rotated(weight: np.ndarray, encoder: Encoder, size: int) -> dict[str, np.ndarray]:
+def _rotated(weight: np.ndarray, encoder: Encoder, size: int, name: str) -> dict[str, np.ndarray]:
     """The parts of the rotated weight."""
     turned = weight.copy()
-    hadamard.transform(turned, size)
+    with np.errstate(all="ignore"):
+        hadamard.transform(turned, size)
+    if not np.isfinite(turned).all():
+        raise LayoutError(f"{name}: rotated weights are beyond float32; the largest is {np.abs(weight).max():.6g}")
     return dict(encoder(turned))

@@ -361,7 +361,10 @@ def _importance(name: str, rule: str, weight: Floats, importance: Floats | None)
     if rule not in ("best", "tiles", "four_over_six"):
         raise LayoutError(f"{name}: the rule {rule} compares no errors, so it takes no importance")
     counts = np.asarray(importance, F32)
-    if counts.shape not in (weight.shape, weight.shape[-1:]) or not (np.isfinite(counts) & (counts >= 0)).all():
+    if (
+        counts.shape not in (weight.shape, (1, weight.shape[1]), weight.shape[-1:])
+        or not (np.isfinite(counts) & (counts >= 0)).all()
+    ):
         raise LayoutError(
             f"{name}: importance of shape {counts.shape}, needs finite numbers of 0 or more, "
             f"{weight.shape[-1:]} or {weight.shape}"
