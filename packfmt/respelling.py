@@ -343,8 +343,9 @@ def _scales(
             _check_normal(scale * (F64(whole) if b.whole == "times" else 1 / F64(whole)))
     if b.whole and not a.whole:
         power = _power_for(scale, _known(b))
-        if (scale.astype(F32) != scale)[np.isfinite(scale)].any():
-            raise _Misfit("a scale is too small or too large for float32")
+        with np.errstate(over="ignore"):
+            if (scale.astype(F32) != scale)[np.isfinite(scale)].any():
+                raise _Misfit("a scale is too small or too large for float32")
         scale, whole = scale / power, F32(power if b.whole == "times" else 1 / power)
     return scale, whole
 
