@@ -18,6 +18,7 @@ from packfmt import checkpoint, codecs, exporters, verify
 from packfmt.checkpoint import Checkpoint
 from packfmt.codec import Array, PackedTensor, dense_dtype, dense_values
 from packfmt.errors import ContainerError, LayoutError, MachineError, PlanError
+from packfmt.exporters import beside
 from packfmt.layout import DENSE
 from packfmt.plan import DENSE_AGAIN, MAX_SHARD, RESCALE, RESTORED, Plan, Recipe, Step, from_json, make_plan
 
@@ -100,7 +101,7 @@ def convert(
 
 def plan_for(model: Checkpoint, target: Path, recipe: Recipe, container: str = "") -> Plan:
     """The plan of a conversion of an open model (`plan.make_plan`)."""
-    quantised = (model.extras.config or {}).get("quantization_config") or {}
+    quantised = beside.quantised(model.extras.config) or {}
     method = quantised.get("quant_method", "packfmt") if isinstance(quantised, dict) else quantised
     if not isinstance(method, str) or method not in ("packfmt", *exporters.METHODS):
         raise PlanError(f"{model.path}: quantised already, as {method!r}, which packfmt does not read yet "
@@ -188,6 +189,7 @@ def run(
     may_write(plan, model, target, force)
     extras = model.extras
     container = exporters.get(plan.container)
+    remarks += container.remarks(plan.steps)
     checker = (lambda path: verify.check_output(path, container.NAME)) if check else None
     try:
         container.write(target, plan, _results(plan, model, progress, importance, remarks), extras, checker)
@@ -205,7 +207,7 @@ def run(
 
 def _swapped(plan: Plan, model: Checkpoint) -> bool:
     """Whether experts of gpt-oss become dense: transformers has them the other way round then."""
-    says = (model.extras.config or {}).get("quantization_config")
+    says = beside.quantised(model.extras.config)
     gpt_oss = isinstance(says, dict) and says.get("quant_method") == "mxfp4"
     return gpt_oss and any(s.action == "decode" and len(s.shape) == 3 for s in plan.steps)
 
@@ -361,7 +363,10 @@ def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
         there, wanted = ("a folder", "a file") if one_file else ("a file", "a folder")
         raise PlanError(f"{target}: is {there}, and {wanted} is to be written; choose another destination")
     if target.is_dir() and not _replaceable(target):
-        raise PlanError(f"{target}: a folder that is not known to be packfmt's; --force does not replace it")
+        raise PlanError(
+            f"{target}: a folder that is not known to be packfmt's, or that another ecosystem's reader loads: it may "
+            "be the only copy of a model, so --force does not replace it; remove it first, or choose another destination"
+        )
     folder = target.absolute().parent
     if not folder.is_dir():
         raise PlanError(f"{folder}: no such folder; make it first")

@@ -41,6 +41,10 @@ SMALL = 4096  # weights; a tensor below this stays as it is unless a rule says o
 # A small linear layer that picks experts: rounding it changes which expert runs, and saves nothing.
 ROUTER = re.compile(r"(^|\.)(router|gate|ffn_gate_inp)\.weight$")
 EXPERTS = re.compile(r"expert|_exps\b|moe", re.IGNORECASE)
+# What is no weight without a scale, and what such scales are called: the tensor and an end, or beside it in a module.
+CODES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "uint8", "int8", "int32")
+SCALE_ENDS = ("_scale", "_scale_inv", "_scales", ".absmax")
+SCALE_NAMES = ("weight_scale", "weight_scale_inv", "scale", "scales", "SCB")
 RESTORED = ("f64", "f32", "f16", "bf16")  # the dense layouts that decoding gives; others become f32
 
 
@@ -252,12 +256,9 @@ def _step(
         why = info.why or "which no layout of packfmt describes; convert it with the tool that made it"
         raise PlanError(f"stored as {info.kind}, {why}")
     target, reason = _choose(info, recipe, rules, shelf, container)
-    if target != KEEP and info.name + "_scale_inv" in index:
-        raise PlanError("has a weight_scale_inv beside it, so its numbers alone are not the weight; not read yet")
-    if recipe.to != KEEP and info.dtype == "uint8" and info.layout == DENSE["u8"] and info.name + "_scale" in index:
-        raise PlanError(
-            "has a weight_scale beside it; if these are Hugging Face's BitNet weights, say --read-as U8=bitnet"
-        )
+    asked_to_keep = target == KEEP and reason.startswith("--")  # which needs no number
+    if not asked_to_keep and (why_not := _scaled_elsewhere(info, index)):
+        raise PlanError(why_not)
     if target not in (KEEP, DENSE_AGAIN) and (misfit := _misfit(shelf[target], info.shape)):
         have, noun, need = misfit
         if not recipe.fallback:
@@ -282,6 +283,24 @@ def _step(
         encoder = recipe.encoder if recipe.encoder in encoders else next(iter(encoders))
     dtype, lossless = dense_dtype(layout) or info.dtype, recipe.lossless and action not in (KEEP, "repack")
     return Step(info.name, info.shape, dtype, info.layout, layout, action, reason, encoder, "", lossless)
+
+
+def _scaled_elsewhere(info: TensorInfo, index: Mapping[str, TensorInfo]) -> str:
+    """Why a tensor of codes, which no reader took for part of a weight, is one: a scale beside it; empty if none is."""
+    if info.layout is None or dense_dtype(info.layout) not in CODES:
+        return ""
+    module = info.name.rpartition(".")[0] + "."
+    names = [info.name + end for end in SCALE_ENDS] + [info.name.removesuffix("_blocks") + "_scales"]
+    names += [module + last for last in SCALE_NAMES]
+    scale = next((name for name in names if name in index and name != info.name), "")
+    if not scale:
+        return ""
+    if info.dtype == "uint8" and scale == info.name + "_scale":
+        way = "if these are Hugging Face's BitNet weights, say --read-as U8=bitnet"
+    else:
+        way = "convert the model it was made from, or copy its bytes with --map REGEX=keep"
+    beside = scale.removeprefix(module)
+    return f"has a {beside} beside it; its numbers alone are no weight, and nothing here says more; {way}"
 
 
 def _layout(info: TensorInfo, target: str, shelf: Mapping[str, Codec]) -> Layout:

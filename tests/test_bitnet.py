@@ -314,7 +314,7 @@ def test_what_is_not_bitnet_s_is_not_guessed(tmp_path: Path) -> None:
         (["bitnet"], (6, 32), "a.weight", "6 rows, transformers needs a multiple of 4"),
         (["bitnet"], (2, 4, 32), "a.weight", "3 dimensions"),
         (["bitnet"], (4, 32), "a.experts", "called neither .weight"),
-        (["bitnet"], (4, 32), "model.embed_tokens.weight", "an embedding, which transformers keeps dense"),
+        (["bitnet"], (4, 32), "model.embed_tokens.weight", "an embedding, which stays dense; say --map"),
         (["bitnet", "bitnet_divide"], (4, 32), "a.weight", "one linear_class for all"),
         (["f32"], (4, 32), "a.weight", "nothing would be bitnet"),
         (["bitnet", "f32"], (4, 32), "x.proj.weight", "would skip it with proj, which stays dense"),

@@ -319,6 +319,62 @@ def test_activations_of_the_source_s_config_stay(tmp_path: Path) -> None:
     assert config_of(to_folder(out, tmp_path / "again", "keep")) == says
 
 
+def test_static_inputs_of_the_source_s_config_go_with_their_scales(tmp_path: Path) -> None:
+    """A config that says inputs have a scale that is stored is not carried to layers that have none."""
+    more = {f"{n}.input_scale": np.array([3], BF16) for n in (UP, DOWN)}
+    out = to_folder(dense(tmp_path / "dense", **more), tmp_path / "out", "fp8_tensor")
+    (group,) = config_of(out)["config_groups"].values()
+    assert group["input_activations"]["dynamic"] is False
+    assert entries(out / "model.safetensors")[f"{UP}.input_scale"] == ("BF16", [1])
+    kept = to_folder(out, tmp_path / "kept", "keep")
+    assert stored(kept) == stored(out) and config_of(kept) == config_of(out)
+    requantised = to_folder(out, tmp_path / "four", "nvfp4_ct")
+    assert not [name for name in stored(requantised) if "input" in name]
+    (group,) = config_of(requantised)["config_groups"].values()
+    assert group["input_activations"] is None
+    mixed = to_folder(out, tmp_path / "mixed", "nvfp4_ct", **{"down_proj": "keep"})
+    groups = {g["format"]: g["input_activations"] for g in config_of(mixed)["config_groups"].values()}
+    assert groups["nvfp4-pack-quantized"] is None and groups["float-quantized"]["num_bits"] == 8
+    assert [name for name in stored(mixed) if "input" in name] == [f"{DOWN}.input_scale"]
+
+
+@pytest.mark.parametrize("key", ["text_config", "compression_config"])
+def test_a_config_in_its_other_places_is_read_and_written_at_the_top(tmp_path: Path, key: str) -> None:
+    """Multimodal models may have it in their text_config, and the package called it otherwise once."""
+    out = to_folder(dense(tmp_path / "dense"), tmp_path / "out", "ct_int4_g128")
+    config = json.loads((out / "config.json").read_text())
+    says = config.pop("quantization_config")
+    inner = {"dtype": "bfloat16", "quantization_config": says} if key == "text_config" else says
+    (out / "config.json").write_text(json.dumps(config | {key: inner}))
+    with checkpoint.open(out) as model:
+        assert model.index[f"{UP}.weight"].layout == codecs.get("ct_int4_g128").layout
+    again = to_folder(out, tmp_path / "again", "keep")
+    left = {"text_config": {"dtype": "bfloat16"}} if key == "text_config" else {}
+    assert json.loads((again / "config.json").read_text()) == config | left | {"quantization_config": says}
+    for target in ("native", "m.gguf"):
+        conversion.convert(out, tmp_path / target, "q8_0")
+    conversion.convert(tmp_path / "m.gguf", tmp_path / "back", "dense")
+    for folder in ("native", "back"):
+        config_there = json.loads((tmp_path / folder / "config.json").read_text())
+        config_there.pop("quantization_config", None)
+        assert config_there == config | left
+
+
+@pytest.mark.parametrize(
+    ("key", "inner"),
+    [
+        *((key, inner) for key in ("text_config", "compression_config") for inner in (None, [], "x", {})),
+        ("text_config", {"quantization_config": None}),
+        ("text_config", {"quantization_config": 3}),
+    ],
+)
+def test_an_inner_config_that_says_nothing_is_nothing(tmp_path: Path, key: str, inner: Any) -> None:
+    source = dense(tmp_path / "dense")
+    (source / "config.json").write_text(json.dumps({key: inner}))
+    with checkpoint.open(source) as model:
+        assert model.index[f"{UP}.weight"].layout == DENSE["bf16"]
+
+
 # ---------------------------------------------------------------- integers
 
 
@@ -442,6 +498,8 @@ def test_formats_that_packfmt_does_not_read_are_named(
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "strategy": "channel"}
 CHANNEL = {"a.weight": np.ones((4, 32), np.int8), "a.weight_scale": np.ones((4, 1), BF16)}
+EIGHT = {"a.weight": np.ones((4, 32), E4M3), "a.weight_scale": np.ones(1, F32)}
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 WORDS = {"a.weight_packed": np.ones((4, 8), np.int32), "a.weight_scale": np.ones((4, 1), BF16)}
 SHAPED = {**WORDS, "a.weight_shape": np.array([4, 32], np.int64)}
 
@@ -451,6 +509,8 @@ SHAPED = {**WORDS, "a.weight_shape": np.array([4, 32], np.int64)}
     [
         (CHANNEL, INT8, "int-quantized", r"of the format 'int-quantized', packfmt reads"),
         (CHANNEL, INT8, "naive-quantized", r"with 'int' weights in I8"),
+        (EIGHT, FLOAT8 | {"strategy": ["tensor"]}, "float-quantized", r"scaled by \['tensor'\], packfmt reads tensor"),
+        (EIGHT, FLOAT8 | {"strategy": {}}, "float-quantized", r"scaled by {}"),
         (
             SHAPED | {"a.weight_g_idx": np.zeros(32, np.int32)},
             INT8,
@@ -528,10 +588,10 @@ JSON = st.recursive(
 @settings(max_examples=200)
 @given(data=st.data())
 def test_no_config_makes_it_fail_otherwise(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    tensors = data.draw(st.sampled_from([golden_nvfp4(), CHANNEL, SHAPED, WORDS]))
+    tensors = data.draw(st.sampled_from([golden_nvfp4(), CHANNEL, EIGHT, SHAPED, WORDS]))
     path = tmp_path_factory.mktemp("m") / "m"
     of = data.draw(st.sampled_from([*compressed_tensors.FORMATS, "mixed-precision"]))
-    weights = data.draw(st.sampled_from([INT8, *WEIGHTS.values()]))
+    weights = data.draw(st.sampled_from([INT8, FLOAT8, *WEIGHTS.values()]))
     written(path, tensors, weights, of)
     config = config_of(path)
     group = config["config_groups"]["group_0"]
@@ -654,20 +714,20 @@ def test_packfmt_decodes_what_the_package_compressed(torch: Any, tmp_path: Path,
 
 
 @pytest.mark.clients
-@pytest.mark.parametrize("name", ["nvfp4_ct", "fp8_row", "ct_int4_g128", "mixed", "inputs"])
+@pytest.mark.parametrize("name", ["nvfp4_ct", "fp8_row", "ct_int4_g128", "mixed", "inputs of NVFP4", "inputs of FP8"])
 def test_the_config_is_what_the_package_writes(torch: Any, tmp_path: Path, name: str) -> None:
     from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 
-    more = {f"{n}.input_scale": np.array(3, F32) for n in (UP, DOWN)} if name == "inputs" else {}
+    more = {f"{n}.input_scale": np.array(3, F32) for n in (UP, DOWN)} if "inputs" in name else {}
     rules = {"down_proj": "mxfp8_e4m3"} if name == "mixed" else {}
-    layout = "nvfp4_ct" if name in ("mixed", "inputs") else name
+    layout = {"mixed": "nvfp4_ct", "inputs of NVFP4": "nvfp4_ct", "inputs of FP8": "fp8_tensor"}.get(name, name)
     says = config_of(to_folder(dense(tmp_path / "d", **more), tmp_path / "out", layout, **rules))
     dumped = QuantizationConfig.model_validate(says).model_dump()
     assert dumped == {k: v for k, v in says.items() if k not in ("version", "sparsity_config", "transform_config")}
-    if name == "inputs":
-        scheme = preset_name_to_scheme("NVFP4", ["Linear"]).model_dump()
+    if "inputs" in name:
+        scheme = preset_name_to_scheme(name.removeprefix("inputs of "), ["Linear"]).model_dump()
         (group,) = says["config_groups"].values()
-        assert group == scheme | {"format": "nvfp4-pack-quantized"}
+        assert group == scheme | {"format": FORMATS[layout][0]}
 
 
 @pytest.mark.clients

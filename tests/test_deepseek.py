@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from packfmt import checkpoint, codecs, conversion
 from packfmt.errors import ContainerError, PlanError
+from packfmt.exporters import deepseek
 from packfmt.plan import Recipe
-from tests.models import folder, normal
+from tests.models import BF16, folder, normal
 from tests.test_modelopt import E2M1, Tensor, e4m3, foreign_folder, nibbles, same_numbers, stored
 
 F32 = np.float32
@@ -97,6 +98,73 @@ def test_a_tensor_with_one_scale_has_no_blocks(tmp_path: Path) -> None:
     assert (said["weight_block_size"], said["activation_scheme"]) == (None, "static")
 
 
+VLLM = {"quant_method": "fp8", "activation_scheme": "static"}
+OF_ROWS = np.random.default_rng(4).uniform(0.01, 2, ROWS).astype(F32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "layout"),
+    [
+        ("F32", (), "fp8_tensor"),
+        ("F32", (1,), "fp8_tensor"),
+        ("BF16", (1,), "fp8_tensor_bf16"),
+        ("F32", (ROWS,), "fp8_row"),
+        ("F32", (ROWS, 1), "fp8_row"),
+        ("BF16", (ROWS, 1), "fp8_row_bf16"),
+    ],
+)
+def test_a_scale_that_is_not_called_inverse_multiplies_as_well(
+    tmp_path: Path, dtype: str, shape: tuple[int, ...], layout: str
+) -> None:
+    """AutoFP8's folders, which vLLM reads under the same quant_method."""
+    scale = OF_ROWS[: int(np.prod(shape))].astype(F32 if dtype == "F32" else BF16)
+    tensors: dict[str, Tensor] = {
+        "a.weight": V3_TENSORS["a.weight"],
+        "a.weight_scale": (dtype, shape, scale.tobytes()),
+        "gain.weight": ("BF16", (4,), bytes(8)),  # dense, and its neighbour only happens to be called so
+        "gain.weight_scale": ("F32", (1,), bytes(4)),
+    }
+    path = foreign_folder(tmp_path / "m", tensors, {"quantization_config": VLLM})
+    expected = EIGHTS * scale.astype(F32).reshape(-1, 1)
+    with checkpoint.open(path) as model:
+        assert set(model) == {"a.weight", "gain.weight", "gain.weight_scale"}
+        assert model.index["a.weight"].layout == codecs.get(layout).layout
+        assert same_numbers(model["a.weight"].decode(), expected)
+        if layout != "fp8_tensor":
+            with pytest.raises(PlanError, match=f"{layout} is read from such folders, not written; say fp8_tensor"):
+                conversion.plan_for(model, tmp_path / "o", Recipe("keep"), "deepseek")
+    conversion.convert(path, tmp_path / "dense", "dense")
+    with checkpoint.open(tmp_path / "dense") as model:
+        assert model["a.weight"].decode().tobytes() == (expected.astype(BF16)).astype(F32).tobytes()
+    if layout == "fp8_tensor":
+        conversion.convert(path, tmp_path / "o", "keep", container="deepseek", check=True)
+        assert stored(tmp_path / "o")["a.weight_scale_inv"] == ("F32", (), scale.tobytes())
+
+
+def test_scales_of_inputs_are_called_as_transformers_calls_them_or_left_out(tmp_path: Path) -> None:
+    """Beside one scale a tensor a model may have them; beside tiles inputs get theirs while the model runs."""
+    tensors: dict[str, Tensor] = {
+        "a.weight": V3_TENSORS["a.weight"],
+        "a.weight_scale": ("F32", (1,), OF_ROWS[:1].tobytes()),
+        "a.input_scale": ("F32", (1,), OF_ROWS[1:2].tobytes()),
+    }
+    path = foreign_folder(tmp_path / "m", tensors, {"quantization_config": VLLM})
+    for layout, expected, scheme in (
+        ("keep", {"a.activation_scale": ("F32", (), OF_ROWS[1:2].tobytes())}, "static"),
+        ("fp8_block", {}, "dynamic"),
+        ("mxfp4_e8m0", {}, "dynamic"),
+    ):
+        out = tmp_path / layout
+        report = conversion.convert(path, out, layout, container="deepseek", check=True)
+        assert {name: t for name, t in stored(out).items() if "weight" not in name and name != "a.scale"} == expected
+        assert json.loads((out / "config.json").read_text())["quantization_config"]["activation_scheme"] == scheme
+        told = deepseek.DIALECT.remarks(report.plan.steps)
+        assert told == ([] if expected else ["a.input_scale: " + LEFT_OUT])
+
+
+LEFT_OUT = "left out, as a scale of inputs has no place beside the weight it would have there"
+
+
 @pytest.mark.parametrize(
     ("tensors", "says", "config"),
     [(V3_TENSORS, V3, {}), (V4_TENSORS, V4, {"scale_fmt": "ue8m0", "expert_dtype": "fp4"})],
@@ -144,7 +212,26 @@ def test_what_does_not_fit_is_an_error(
 @pytest.mark.parametrize(
     ("tensors", "name", "why"),
     [
-        (changed(a__weight_scale_inv=("BF16", (2, 3), bytes(12))), "a.weight", "with a BF16 a.weight_scale_inv, of"),
+        (
+            changed(a__weight_scale_inv=("BF16", (2, 3), bytes(12))), "a.weight",
+            "with a weight_scale_inv in BF16 [2, 3] beside it; no such",
+        ),
+        (
+            changed(a__weight_scale_inv=None, a__scale=("F32", (2, 3), bytes(24))), "a.weight",
+            "with a scale in F32 [2, 3] beside it; no such weight is read yet",
+        ),
+        (
+            changed(a__weight_scale_inv=None, a__weight_scale=("F32", (3,), bytes(12))), "a.weight",
+            "with a weight_scale in F32 [3] beside it; no such",
+        ),
+        (
+            changed(a__weight_scale_inv=None, a__weight_scale=("F8_E8M0", (), bytes(1))), "a.weight",
+            "with a weight_scale in F8_E8M0 [] beside it; no such",
+        ),
+        (
+            changed(plain__weight=("I8", (2, 2), bytes(4)), plain__weight_scale=("F32", (), bytes(4))), "plain.weight",
+            "with a weight_scale in F32 [] beside it; no such",
+        ),
         (
             changed(experts__up=("F8_E4M3", (2, 4, 4), bytes(32)), experts__up_scale_inv=("F32", (2, 1, 1), bytes(8))),
             "experts.up", "with experts.up_scale_inv beside it, a stack of experts, which is not read yet",

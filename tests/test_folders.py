@@ -302,6 +302,24 @@ def test_embeddings_and_the_output_layer_stay_dense_where_readers_expect_it(
             assert {s.name for s in again.steps if s.action == "quantise"} == packed | {"lm_head.weight"}
 
 
+@pytest.mark.parametrize("dtype", [["F32"], {}, None, 3])
+def test_a_dtype_that_is_no_text_is_an_error(tmp_path: Path, dtype: Any) -> None:
+    text = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ContainerError, match=r"m\.safetensors: a: dtype .*, needs one of F64") as error:
+        checkpoint.open(tmp_path / "m.safetensors")
+    assert error.value.rule == "PF105"
+
+
+def test_every_container_says_what_it_leaves_out() -> None:
+    scale = Step("a.input_scale", (), "float32", DENSE["f32"], DENSE["f32"], "keep", "")
+    layouts = [codecs.get(name).layout for name in ("nvfp4_modelopt", "fp8_tensor")]
+    weight = Step("a.weight", (4, 64), "bfloat16", *layouts, "requantise", "")
+    for name in exporters.NAMES:
+        told = exporters.get(name).remarks((weight, scale, replace(scale, name="b.input_scale")))
+        assert told == [] if name in exporters.SUFFIXES else told[0].startswith("a.input_scale: left out, as a scale")
+
+
 def test_a_method_that_no_dialect_reads_is_refused(tmp_path: Path) -> None:
     for method in ("gptq", ["fp8"], None):
         path = damaged(tmp_path / str(method), {"quant_method": method})

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from packfmt import checkpoint, codecs, conversion
+from packfmt import checkpoint, codecs, conversion, exporters
 from packfmt.errors import ContainerError, PlanError
 from packfmt.exporters import modelopt
 from packfmt.plan import Recipe
@@ -421,6 +421,54 @@ def test_experts_and_layers_stand_in_one_model(tmp_path: Path) -> None:
     with checkpoint.open(source) as dense, checkpoint.open(out) as model:
         expected = codecs.get("nvfp4_rows").encode(dense[name].decode())
         assert model[name].decode().tobytes() == expected.decode().tobytes()
+
+
+FP8_CT = {  # as compressed-tensors 0.20.0 has it in its preset FP8
+    "num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "strategy": "tensor", "dynamic": False,
+    "observer": "static_minmax",
+}  # fmt: skip
+SCALE_OF_INPUTS = np.float32(0.3).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("container", "layout", "called", "shape"),
+    [
+        ("compressed_tensors", "keep", "fp8.input_scale", (1,)),
+        ("compressed_tensors", "fp8_row", "fp8.input_scale", (1,)),
+        ("deepseek", "keep", "fp8.activation_scale", ()),
+        ("modelopt", "keep", "fp8.input_scale", ()),
+        ("modelopt", "fp8_row", "", ()),  # a scale for each token, found while the model runs
+        ("modelopt", "nvfp4_modelopt", "", ()),  # 4-bit inputs have another
+        ("compressed_tensors", "nvfp4_ct", "", ()),
+        ("compressed_tensors", "mxfp4_pairs", "", ()),
+        ("quark", "mxfp4_pairs", "", ()),
+    ],
+)
+def test_scales_of_8_bit_inputs_go_where_a_reader_looks_for_them_or_are_left_out(
+    tmp_path: Path, container: str, layout: str, called: str, shape: tuple[int, ...]
+) -> None:
+    tensors: dict[str, Tensor] = {
+        **{name: t for name, t in ALL.items() if name.startswith("fp8.")},
+        "fp8.input_scale": ("F32", (), SCALE_OF_INPUTS),
+        "norm.weight": ("BF16", (4,), bytes(8)),
+    }
+    path, out = foreign_folder(tmp_path / "m", tensors, {"quantization_config": SAYS}), tmp_path / "o"
+    report = conversion.convert(path, out, layout, container=container, check=True)
+    found = {
+        name: t for name, t in stored(out).items() if name.endswith(("input_scale", "_global_scale", "ation_scale"))
+    }
+    found.pop("fp8.weight_global_scale", None)
+    assert found == ({called: ("F32", shape, SCALE_OF_INPUTS)} if called else {})
+    assert bool(exporters.get(container).remarks(report.plan.steps)) is not bool(called)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    if container == "compressed_tensors":
+        (group,) = said["config_groups"].values()
+        assert group["input_activations"] == (FP8_CT if called else None)
+    if container == "deepseek":
+        assert said["activation_scheme"] == "static"
+    if called:
+        conversion.convert(out, tmp_path / "back", "fp8_tensor", container="modelopt", check=True)
+        assert stored(tmp_path / "back")["fp8.input_scale"] == tensors["fp8.input_scale"]
 
 
 def test_nvfp4_goes_through_gguf_and_back_without_a_changed_byte(tmp_path: Path) -> None:

@@ -115,9 +115,7 @@ def test_a_fallback_that_does_not_fit_either_is_refused(tmp_path: Path) -> None:
 
 def test_a_job_that_would_pack_nothing_is_refused_and_says_why(tmp_path: Path) -> None:
     small = folder(tmp_path / "small", {"a.weight": normal(2, 32), "b": normal(64), "c": normal(3)})
-    with pytest.raises(
-        PlanError, match=r"nothing here would become q8_0: 1 tensors stay \(small: 64 weights\), 2 tens"
-    ):
+    with pytest.raises(PlanError, match=r"nothing here would become q8_0: 1 stays \(small: 64 weights\), 2 tens"):
         planned(small, Recipe("q8_0"))
 
 
@@ -126,7 +124,7 @@ def test_a_job_that_would_pack_nothing_is_refused_and_says_why(tmp_path: Path) -
     [
         (Recipe("q4_9"), r"no format is called 'q4_9'; did you mean q4_0"),
         (Recipe("q4_0", (("embed", "f33"),)), r"no format is called 'f33'; did you mean f32"),
-        (Recipe("q4_0", fallback="zzzzzz"), r"no format is called 'zzzzzz'; there are "),
+        (Recipe("q4_0", fallback="zzzzzz"), r"no format is called 'zzzzzz'; packfmt formats lists them"),
         (Recipe("q4_0", encoder="best"), r"q4_0 has no encoder 'best'; there are ggml"),
     ],
 )
@@ -150,6 +148,53 @@ def test_weights_whose_scale_stands_beside_them_are_not_taken_for_weights(tmp_pa
     with pytest.raises(PlanError, match=r"a\.weight: has a weight_scale_inv beside it"):
         planned(model, Recipe("q8_0"))
     assert {s.action for s in planned(model, Recipe("keep")).steps} == {"keep"}  # which needs no number
+
+
+E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "scale"),
+    [
+        ("a.weight", E4M3, "a.weight_scale"),
+        ("a.weight", E4M3, "a.scale"),
+        ("a.weight", E5M2, "a.weight_scale_inv"),
+        ("a.weight", np.int8, "a.weight_scale"),
+        ("a.weight", np.int8, "a.SCB"),
+        ("a.weight", np.uint8, "a.weight.absmax"),
+        ("a.qweight", np.int32, "a.scales"),
+        ("a.weight_packed", np.int32, "a.weight_scale"),
+        ("experts.up_blocks", np.uint8, "experts.up_scales"),
+        ("experts.up", E4M3, "experts.up_scale_inv"),
+        ("weight", E4M3, "weight_scale"),
+    ],
+)
+def test_codes_beside_a_scale_that_nobody_read_are_not_packed(
+    tmp_path: Path, name: str, dtype: type, scale: str
+) -> None:
+    codes = np.ones((64, 64), dtype)
+    model = folder(tmp_path / "m", {name: codes, scale: normal(64), "b.weight": normal(64, 64)})
+    beside = scale.rpartition(".")[2] if not scale.endswith("absmax") else "weight.absmax"
+    for to in ("q8_0", "dense"):
+        with pytest.raises(
+            PlanError, match=rf"^{name}: has a {beside} beside it; .* copy its bytes with --map REGEX=k"
+        ):
+            planned(model, Recipe(to))
+    kept = planned(model, Recipe("q8_0", ((f"^{name}$", "keep"),)))
+    assert [s.layout.name for s in kept.steps if s.name in ("b.weight", name)].count("q8_0") == 1
+
+
+def test_codes_alone_and_floats_beside_a_scale_are_what_they_are(tmp_path: Path) -> None:
+    found = {
+        "a.weight": np.ones((64, 64), E4M3),
+        "b.weight": normal(64, 64),
+        "b.weight_scale": normal(1),
+        "c.ids": np.ones(64, np.int32),
+        "d.position": np.ones(64, np.int64),
+        "d.scale": normal(1),
+    }
+    by_name = layouts(planned(folder(tmp_path / "m", found), Recipe("q8_0")))
+    assert {n for n, layout in by_name.items() if layout == "q8_0"} == {"a.weight", "b.weight"}
 
 
 def test_a_model_that_another_tool_quantised_is_refused(tmp_path: Path) -> None:

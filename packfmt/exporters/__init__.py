@@ -7,6 +7,7 @@ A module has
     leaves(name, shape)                          why such a dense weight stays dense unless a rule says otherwise, or ""
     plan_refusal(steps)                          why it cannot hold such tensors together, or ""
     extras_refusal(extras)                       why it cannot do with what the model has beside them, or ""
+    remarks(steps)                               what a user should know of the output: what it leaves out, and why
     write(path, plan, tensors, extras, check)    one tensor at a time; `path` appears only when whole and checked
     open(path, layouts, read_as)                 a Source; `read_as` says which layouts foreign types are meant as
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -30,7 +32,7 @@ from packfmt.codec import PackedTensor
 from packfmt.errors import PlanError
 from packfmt.exporters.whole import Check
 from packfmt.layout import Layout
-from packfmt.plan import Holder, Plan, TensorInfo
+from packfmt.plan import Holder, Plan, Step, TensorInfo
 
 SUFFIXES = {"safetensors": ".safetensors", "gguf": ".gguf"}  # of files; a folder is safetensors
 FOLDERS = ("bitnet", "compressed_tensors", "deepseek", "gpt_oss", "modelopt", "quark")  # that are asked for by name
@@ -85,6 +87,7 @@ class Container(Holder, Protocol):
     """A container's module; what its members do stands above."""
 
     def extras_refusal(self, extras: Extras) -> str: ...
+    def remarks(self, steps: tuple[Step, ...]) -> list[str]: ...
     def write(
         self, path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
     ) -> None: ...
@@ -92,8 +95,16 @@ class Container(Holder, Protocol):
 
 
 def get(name: str) -> Container:
-    """The container called `name`; - may stand for _."""
-    if name.replace("-", "_") not in NAMES:
-        raise PlanError(f"no container is called {name!r}; there are {', '.join(NAMES)}")
-    module = import_module(f"{__name__}.{name.replace('-', '_')}")
+    """The container called `name`; - may stand for _.
+
+    Raises
+    ------
+    PlanError
+        If there is none; the nearest names are given.
+    """
+    plain = name.lower().replace("-", "_")
+    if plain not in NAMES:
+        near = get_close_matches(plain, NAMES, 2) or NAMES
+        raise PlanError(f"no container is called {name!r}; there are {', '.join(near)}".replace("_", "-"))
+    module = import_module(f"{__name__}.{plain}")
     return cast(Container, getattr(module, "DIALECT", module))

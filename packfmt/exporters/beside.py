@@ -19,6 +19,7 @@ SUFFIX = ".safetensors"
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 KEYVALUES = "gguf_keyvalues.json"  # a GGUF's metadata, so that it can become a GGUF again
 QUANTISED = "quantization_config"  # the key of config.json
+INNER, OLD = "text_config", "compression_config"  # where a multimodal model may have it; what it was called before
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
 WriteFile = Callable[[BinaryIO, tuple[Step, ...], Iterator[PackedTensor]], tuple[str, ...]]
 
@@ -66,10 +67,7 @@ def write_extras(folder: Path, extras: Extras, quantised: Mapping[str, Any] | No
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)
     if extras.config is not None:
-        config = {k: v for k, v in extras.config.items() if k != QUANTISED}
-        if quantised:
-            config[QUANTISED] = dict(quantised)
-        dump(folder / CONFIG, config)
+        dump(folder / CONFIG, without_quantised(extras.config) | ({QUANTISED: dict(quantised)} if quantised else {}))
     if extras.keyvalues:
         dump(folder / KEYVALUES, {k: {"type": v.kind, "value": v.value} for k, v in extras.keyvalues.items()})
 
@@ -78,6 +76,40 @@ def dump(path: Path, data: Any) -> None:
     """Write a JSON file."""
     with whole_file(path) as file:
         file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+# ---------------------------------------------------------------- what config.json says
+
+
+def quantised(config: Mapping[str, Any] | None) -> Any:
+    """What config.json says of packed weights; None if nothing.
+
+    It says so in `quantization_config`, or in that of its `text_config`, or, as compressed-tensors once had it, in
+    `compression_config`: readers ask in this order.
+
+    Source: compressed-tensors 0.20.0, utils/safetensors_load.py (get_quantization_config); vLLM 0.20.0,
+    model_loader/weight_utils.py
+    """
+    config = config or {}
+    inner = config.get(INNER)
+    if found := config.get(QUANTISED) or (inner.get(QUANTISED) if isinstance(inner, dict) else None):
+        return found
+    old = config.get(OLD)
+    return {"quant_method": "compressed-tensors", **old} if isinstance(old, dict) and old else None
+
+
+def quantised_by(method: str, config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What config.json says of packed weights, if its quant_method is this one; else empty."""
+    found = quantised(config)
+    return found if isinstance(found, dict) and found.get("quant_method") == method else {}
+
+
+def without_quantised(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a dense model: the same without what it says of packed weights, wherever that stands."""
+    out = {k: v for k, v in config.items() if k not in (QUANTISED, OLD)}
+    if isinstance(inner := out.get(INNER), dict):
+        out[INNER] = {k: v for k, v in inner.items() if k != QUANTISED}
+    return out
 
 
 # ---------------------------------------------------------------- reading

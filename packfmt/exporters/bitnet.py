@@ -20,9 +20,8 @@ from typing import Any
 from packfmt.codec import dense_dtype
 from packfmt.errors import ContainerError, PlanError
 from packfmt.exporters import Extras, Layouts
-from packfmt.exporters.beside import CONFIG
+from packfmt.exporters.beside import CONFIG, quantised_by
 from packfmt.exporters.folder import (
-    EMBEDDING,
     WEIGHT,
     Dialect,
     Form,
@@ -31,6 +30,7 @@ from packfmt.exporters.folder import (
     Says,
     Stored,
     Tensors,
+    embedding_refusal,
     no_embedding,
     packed_steps,
     stay_dense,
@@ -74,12 +74,12 @@ def plan_refusal_of(steps: tuple[Step, ...]) -> str:
         return "bitnet and bitnet_divide in one model, which has one linear_class for all; choose one with --map"
     if not classes:
         return "nothing would be bitnet or bitnet_divide"
+    if why_not := embedding_refusal(steps):
+        return why_not
     stay = stay_dense(steps)
     for name in packed:
         if not name.endswith(WEIGHT):
             return f"{name}: is called neither .weight nor part of a linear layer; say --map '{re.escape(name)}=keep'"
-        if EMBEDDING.search(name):
-            return f"{name}: an embedding, which transformers keeps dense; say --map '{re.escape(name)}=keep'"
         module = name.removesuffix(WEIGHT)
         if skipped := next((s for s in stay if _skips(s, module)), ""):
             return f"{name}: transformers would skip it with {skipped}, which stays dense"
@@ -98,8 +98,7 @@ def _skips(pattern: str, module: str) -> bool:
 def says(steps: tuple[Step, ...], extras: Extras) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     (linear,) = {linear_class(s.layout) for s in packed_steps(steps)}
-    before = (extras.config or {}).get("quantization_config")
-    carried: Says = before if isinstance(before, dict) and before.get("quant_method") == NAME else {}
+    carried = quantised_by(NAME, extras.config)
     return {
         "quant_method": NAME,
         "linear_class": linear,

@@ -10,7 +10,8 @@
 
 where X is a linear layer. config.json has groups of layers, each with a scheme, and the layers that stay dense.
 The groups say which formats there are; which of them a layer has, its own tensors tell: what fits two of them, and
-no group names, is refused. The scale of a layer's inputs (X.input_global_scale) is a tensor of its own.
+no group names, is refused. The scale of a layer's inputs (X.input_scale, in NVFP4 X.input_global_scale) is a tensor
+of its own.
 
 transformers loads scales in the dtype of the model, so for one of bfloat16 say fp8_row_bf16, not fp8_row.
 
@@ -31,9 +32,10 @@ import numpy as np
 from packfmt.codec import Array
 from packfmt.errors import ContainerError
 from packfmt.exporters import Extras
-from packfmt.exporters.beside import CONFIG, QUANTISED
+from packfmt.exporters.beside import CONFIG, quantised_by
 from packfmt.exporters.folder import (
     DIVIDES,
+    EIGHT_BIT,
     EMBEDDING,
     WEIGHT,
     Dialect,
@@ -104,12 +106,12 @@ FORMS = {
     "mxfp4_pairs": _form(PACKED, SCALE),
     "mxfp6_e2m3": _form(PACKED, SCALE),
     "mxfp8_e4m3": _form(WEIGHT, SCALE),
-    "fp8_tensor": _form(WEIGHT, SCALE),
-    "fp8_tensor_bf16": _form(WEIGHT, SCALE),
-    "fp8_row": _form(WEIGHT, SCALE, shape=_column),
-    "fp8_row_bf16": _form(WEIGHT, SCALE, shape=_column),
-    "fp8_block": Form({"weight": Stored(WEIGHT), "weight_scale_inv": Stored(SCALE)}, WEIGHT),
-    "fp8_block_bf16": _form(WEIGHT, SCALE),
+    "fp8_tensor": _form(WEIGHT, SCALE, activation=EIGHT_BIT),
+    "fp8_tensor_bf16": _form(WEIGHT, SCALE, activation=EIGHT_BIT),
+    "fp8_row": _form(WEIGHT, SCALE, shape=_column, activation=EIGHT_BIT),
+    "fp8_row_bf16": _form(WEIGHT, SCALE, shape=_column, activation=EIGHT_BIT),
+    "fp8_block": Form({"weight": Stored(WEIGHT), "weight_scale_inv": Stored(SCALE)}, WEIGHT, activation=EIGHT_BIT),
+    "fp8_block_bf16": _form(WEIGHT, SCALE, activation=EIGHT_BIT),
 }
 
 
@@ -167,14 +169,13 @@ def plan_refusal_of(steps: tuple[Step, ...]) -> str:
 
 def says(steps: tuple[Step, ...], extras: Extras) -> dict[str, Any]:
     """The config as the package writes it, with the groups' activations as they were in such a folder before."""
-    before = (extras.config or {}).get(QUANTISED)
-    carried: Says = before if isinstance(before, dict) and before.get("quant_method") == METHOD else {}
+    carried = quantised_by(METHOD, extras.config)
     scaled = {step.name.removesuffix(a.suffix) for step in steps if (a := input_scale(step))}
     groups: dict[str, dict[str, Any]] = {}
     for step in packed_steps(steps):
         module = step.name.removesuffix(WEIGHT)
         of, weights = scheme(step.layout.name)
-        inputs = _four_bit_inputs() if step.layout.name == "nvfp4_ct" and module in scaled else None
+        inputs = _scaled_inputs(step.layout.name) if module in scaled else None
         new: dict[str, Any] = {
             "targets": [],
             "weights": weights,
@@ -203,21 +204,26 @@ def says(steps: tuple[Step, ...], extras: Extras) -> dict[str, Any]:
     }
 
 
-def _four_bit_inputs() -> dict[str, Any]:
-    """NVFP4 for the inputs, too: as the package's preset has it. The block scales are chosen while the model runs."""
-    return {**scheme("nvfp4_ct")[1], "dynamic": "local", "observer": "static_minmax"}
+def _scaled_inputs(name: str) -> dict[str, Any]:
+    """The inputs of a layer that has a scale for them, as the package's presets NVFP4 and FP8 have them.
+
+    Those of NVFP4 are NVFP4 too, whose block scales are chosen while the model runs; others are 8-bit floats.
+    """
+    four_bit = name == "nvfp4_ct"
+    weights = scheme("nvfp4_ct" if four_bit else "fp8_tensor")[1]
+    return {**weights, "dynamic": "local" if four_bit else False, "observer": "static_minmax"}
 
 
 def _as_before(group: dict[str, Any], carried: Says) -> dict[str, Any]:
     """A group, with what the source's config said of layers of the same weights.
 
-    Of NVFP4 only if both have scales of inputs or both have none: their tensors are there or not.
+    Only if both have scales of inputs or both have none: their tensors are there or not.
     """
     for old in _records(carried.get("config_groups")):
         weights, inputs = old.get("weights"), old.get("input_activations")
         same = isinstance(weights, dict) and all(weights.get(k) == v for k, v in group["weights"].items())
-        four_bit = group["weights"].get("strategy") == "tensor_group"
-        alike = not four_bit or bool(inputs) == bool(group["input_activations"])
+        stored = isinstance(inputs, dict) and inputs.get("dynamic") is not True
+        alike = stored == bool(group["input_activations"])
         if same and alike and old.get("format", carried.get("format")) == group["format"]:
             activations = {key: old.get(key) for key in ("input_activations", "output_activations")}
             return {**group, "weights": weights, **activations}
@@ -291,7 +297,7 @@ def _floats(weight: TensorInfo, weights: Says, scale: TensorInfo) -> tuple[str, 
     strategy = weights.get("strategy")
     if weight.kind != "F8_E4M3" or weights.get("type") != "float":
         return f"with {_shown(weights.get('type'))} weights in {weight.kind}, packfmt reads floats in F8_E4M3"
-    if strategy not in STRATEGIES:
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
         return f"scaled by {_shown(strategy)}, packfmt reads {', '.join(STRATEGIES)}"
     if strategy == "block" and weights.get("block_structure") not in (BLOCK, "128x128"):
         return f"in blocks of {_shown(weights.get('block_structure'))}, packfmt reads {BLOCK}"

@@ -5,17 +5,18 @@
          X.weight I8 (rows, cols / 2) or F4 (rows, cols), X.scale F8_E8M0 (rows, cols / 32)
 
 config.json's `quantization_config` has quant_method "fp8". Others use it for one scale a tensor, too: without
-`weight_block_size`, and X.weight_scale_inv F32 []. What a weight is, its tensors tell.
+`weight_block_size`, and X.weight_scale_inv F32 [], with X.activation_scale F32 [] for the inputs if those have one. Or,
+as AutoFP8 has it and vLLM reads it, X.weight_scale, F32 or BF16, for the tensor or each row: that is read, and written
+in transformers' way where it has one. What a weight is, its tensors tell.
 
 transformers loads them; on a CPU it makes the weights dense.
 
 Source: transformers 5.23.0, integrations/finegrained_fp8.py, quantizers/quantizer_finegrained_fp8.py;
-NVIDIA ModelOpt a2fbac7, examples/deepseek/deepseek_v4
+vLLM 0071b24b, quantization/fp8.py; NVIDIA ModelOpt a2fbac7, examples/deepseek/deepseek_v4
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from math import prod
 from types import MappingProxyType
@@ -24,8 +25,10 @@ from typing import Any, Final
 from packfmt.errors import ContainerError
 from packfmt.exporters import Extras
 from packfmt.exporters.folder import (
-    EMBEDDING,
+    DEEPSEEKS,
+    NOWHERE,
     WEIGHT,
+    Activation,
     Dialect,
     Form,
     Found,
@@ -35,6 +38,8 @@ from packfmt.exporters.folder import (
     Stored,
     Tensors,
     as_scalar,
+    embedding_refusal,
+    input_scale,
     packed_steps,
     stay_dense,
 )
@@ -44,18 +49,31 @@ from packfmt.plan import Step, TensorInfo
 NAME = "deepseek"
 METHOD = "fp8"
 SIDE = 128  # rows and columns that share a scale
-INVERSE, SCALE = ".weight_scale_inv", ".scale"
+INVERSE, PLAIN, SCALE = ".weight_scale_inv", ".weight_scale", ".scale"
+
+
+def _form(activation: Activation = NOWHERE, **scale: Stored) -> Form:
+    """X.weight, and its scale; by default inputs get theirs while the model runs, as vLLM demands it beside tiles."""
+    return Form({"weight": Stored(WEIGHT), **scale}, WEIGHT, activation=activation)
+
 
 FORMS: Final[Mapping[str, Form]] = MappingProxyType(
     {
-        "fp8_block": Form({"weight": Stored(WEIGHT), "weight_scale_inv": Stored(INVERSE)}, WEIGHT),
-        "fp8_tensor": Form({"weight": Stored(WEIGHT), "weight_scale": Stored(INVERSE, shape=as_scalar)}, WEIGHT),
-        "fp8_block_e8m0": Form({"weight": Stored(WEIGHT), "scale": Stored(SCALE)}, WEIGHT),
+        "fp8_block": _form(weight_scale_inv=Stored(INVERSE)),
+        "fp8_tensor": _form(DEEPSEEKS, weight_scale=Stored(INVERSE, shape=as_scalar, others=(PLAIN,))),
+        "fp8_block_e8m0": _form(scale=Stored(SCALE)),
         # transformers' own parameter is I8; safetensors has F4, too
-        "mxfp4_e8m0": Form({"weight": Stored(WEIGHT, ("I8", "F4")), "scale": Stored(SCALE)}, WEIGHT),
+        "mxfp4_e8m0": Form({"weight": Stored(WEIGHT, ("I8", "F4")), "scale": Stored(SCALE)}, WEIGHT, {}, NOWHERE),
+        "fp8_tensor_bf16": _form(weight_scale=Stored(PLAIN, shape=as_scalar)),
+        "fp8_row": _form(weight_scale=Stored(PLAIN)),
+        "fp8_row_bf16": _form(weight_scale=Stored(PLAIN)),
     }
 )
 WITH_E8M0 = ("fp8_block_e8m0", "mxfp4_e8m0")
+READ_ONLY = ("fp8_tensor_bf16", "fp8_row", "fp8_row_bf16")
+HOLDS = ", ".join(name for name in FORMS if name not in READ_ONLY)
+SCALES = {"F32": "", "BF16": "_bf16"}  # dtype of X.weight_scale -> what its layouts' names end in
+CODES = ("F8_E4M3", "F8_E5M2", "U8", "I8", "F4")  # dtypes of weights that are none without their scale
 
 
 def form(layout: Layout) -> Form | None:
@@ -79,7 +97,7 @@ def find(says: Says, tensors: Tensors, read: Read) -> Iterator[Found]:
         raise ContainerError(f"weight_block_size is {blocks!r}, and only [{SIDE}, {SIDE}] or none is read", "PF105")
     for name in tensors:
         module = name.removesuffix(WEIGHT)
-        scale = tensors.get(module + INVERSE) or tensors.get(module + SCALE)
+        scale = next((tensors[module + s] for s in (INVERSE, PLAIN, SCALE) if module + s in tensors), None)
         if name.endswith(WEIGHT) and scale and (found := _found(name, tensors[name], scale)):
             yield found
         elif stacked := tensors.get(name + "_scale_inv"):
@@ -89,18 +107,23 @@ def find(says: Says, tensors: Tensors, read: Read) -> Iterator[Found]:
 def _found(name: str, weight: TensorInfo, scale: TensorInfo) -> Found | None:
     """The weight of two tensors; None if they have nothing to do with each other."""
     kinds, shape = (weight.kind, scale.kind), weight.shape
-    if scale.name.endswith(SCALE) and scale.kind != "F8_E8M0":
+    if not scale.name.endswith(INVERSE) and weight.kind not in CODES:
         return None
-    if kinds == ("F8_E4M3", "F32"):
+    if scale.name.endswith(PLAIN):
+        whole = prod(scale.shape) == 1
+        if weight.kind == "F8_E4M3" and scale.kind in SCALES and (whole or scale.shape in (shape[:1], (*shape[:1], 1))):
+            return Found(name, "FP8", ((("fp8_tensor" if whole else "fp8_row") + SCALES[scale.kind], shape),))
+    elif kinds == ("F8_E4M3", "F32") and scale.name.endswith(INVERSE):
         # the scale of a single block is a matrix, that of a whole tensor is not
         lone = prod(scale.shape) == 1 and len(scale.shape) < 2
         return Found(name, "FP8", (("fp8_tensor" if lone else "fp8_block", shape),))
-    if kinds == ("F8_E4M3", "F8_E8M0") and scale.name.endswith(SCALE):
+    elif kinds == ("F8_E4M3", "F8_E8M0") and scale.name.endswith(SCALE):
         return Found(name, "FP8", (("fp8_block_e8m0", shape),))
-    if kinds in (("I8", "F8_E8M0"), ("F4", "F8_E8M0")) and scale.name.endswith(SCALE) and shape:
+    elif kinds in (("I8", "F8_E8M0"), ("F4", "F8_E8M0")) and scale.name.endswith(SCALE) and shape:
         twice = shape if weight.kind == "F4" else (*shape[:-1], 2 * shape[-1])
         return Found(name, "MXFP4", (("mxfp4_e8m0", twice),))
-    return Found(name, why=f"with a {scale.kind} {scale.name}, of which packfmt knows no such weight")
+    told = f"with a {scale.name.removeprefix(name.removesuffix(WEIGHT) + '.')} in {scale.kind} {list(scale.shape)}"
+    return Found(name, why=f"{told} beside it; no such weight is read yet, convert the model it was made from")
 
 
 # ---------------------------------------------------------------- writing
@@ -108,6 +131,8 @@ def _found(name: str, weight: TensorInfo, scale: TensorInfo) -> Found | None:
 
 def refusal_of(layout: Layout, shape: Shape) -> str:
     """Why it cannot hold a packed tensor of this shape; empty if it can."""
+    if layout.name in READ_ONLY:
+        return f"{layout.name} is read from such folders, not written; say fp8_tensor, or --export compressed_tensors"
     return "" if len(shape) == 2 else f"{len(shape)} dimensions, a linear layer has 2"
 
 
@@ -115,22 +140,20 @@ def plan_refusal_of(steps: tuple[Step, ...]) -> str:
     """Why transformers would not load these tensors together; empty if it would."""
     packed = packed_steps(steps)
     if not packed:
-        return f"nothing would be {', '.join(FORMS)}"
+        return f"nothing would be {HOLDS}"
     names = {s.layout.name for s in packed}
     if "fp8_tensor" in names and len(names) > 1:
         return "fp8_tensor and blocks in one model, which has one weight_block_size for all; choose one with --map"
     if "fp8_block" in names and names & set(WITH_E8M0):
         return "fp8_block has float32 scales, the others E8M0, and a model has one scale_fmt; say fp8_block_e8m0"
-    for step in packed:
-        if EMBEDDING.search(step.name):
-            return f"{step.name}: an embedding, which stays dense; say --map '{re.escape(step.name)}=keep'"
-    return ""
+    return embedding_refusal(steps)
 
 
 def says(steps: tuple[Step, ...], extras: Extras) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     names = {s.layout.name for s in packed_steps(steps)}
-    static = any(s.name.endswith(".activation_scale") for s in steps)
+    modules = {s.name.removesuffix(WEIGHT) for s in packed_steps(steps)}
+    static = any((was := input_scale(s)) and s.name.removesuffix(was.suffix) in modules for s in steps)
     return {
         "quant_method": METHOD,
         "fmt": "e4m3",
@@ -145,7 +168,7 @@ def says(steps: tuple[Step, ...], extras: Extras) -> dict[str, Any]:
 DIALECT = Dialect(
     NAME=NAME,
     title="DeepSeek's form",
-    holds=", ".join(FORMS),
+    holds=HOLDS,
     form=form,
     find=find,
     says=says,

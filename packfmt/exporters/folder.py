@@ -35,7 +35,6 @@ from packfmt.codec import Array, PackedTensor, dense_dtype, dense_values, matrix
 from packfmt.errors import ContainerError, LayoutError, PlanError
 from packfmt.exporters import METHODS, SIGNS, Extras, Layouts, Source, beside, get
 from packfmt.exporters import safetensors_header as header
-from packfmt.exporters.beside import QUANTISED
 from packfmt.exporters.safetensors_header import NAME_OF
 from packfmt.exporters.whole import Check, whole_folder
 from packfmt.layout import DENSE, Layout, Placed
@@ -73,17 +72,19 @@ class Stored:
 
     `dtypes` are those that hold its bytes, as the file names them: all are read, the first is written; none
     means the component's own. F4 is shaped as if its bytes were two numbers each. `shape` makes the stored
-    shape of the component's and the weight's; a lone number is read in any shape.
+    shape of the component's and the weight's; a lone number is read in any shape, and a row of numbers as a column.
+    `others` are suffixes that it is read under where the first is not there.
     """
 
     suffix: str
     dtypes: tuple[str, ...] = ()
     shape: Callable[[Shape, Shape], Shape] = as_weight
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """How the scale of a layer's inputs is stored beside its weight: in a tensor of its own, one float32."""
+    """How the scale of a layer's inputs is stored beside its weight: in a tensor of its own, one number."""
 
     suffix: str
     divides: bool
@@ -91,7 +92,10 @@ class Activation:
 
 
 MULTIPLIES = Activation(".input_scale", False, ())  # ModelOpt, GGUF
-DIVIDES = Activation(".input_global_scale", True, (1,))  # compressed-tensors
+EIGHT_BIT = Activation(".input_scale", False, (1,))  # compressed-tensors, of 8-bit inputs
+DIVIDES = Activation(".input_global_scale", True, (1,))  # the same, of 4-bit inputs
+DEEPSEEKS = Activation(".activation_scale", False, ())
+NOWHERE = Activation("", False, ())  # the inputs of such layers have no scale that is stored: it is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ class Form:
     """How a dialect stores a layout: a tensor for each component, called as the weight with `end` made a suffix.
 
     `constants` are tensors that say again what the weight's shape says: suffix -> array of a shape.
-    `activation`: what such scales become when the weight comes from a dialect that has them otherwise.
+    `activation`: what scales of inputs become when they come from a dialect that has them otherwise; None leaves them.
     """
 
     components: Mapping[str, Stored]
@@ -179,7 +183,10 @@ class Dialect:
         if dense_dtype(layout):
             return ""
         if self.form(layout) is None:
-            return f"{self.title} holds {self.holds} and dense tensors, not {layout.name}"
+            held = re.findall(r"\w+", self.holds)
+            near = [name for name in held if name.split("_")[0] == layout.name.split("_")[0]]
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            return f"{self.title} holds {self.holds} and dense tensors, not {layout.name}{hint}"
         if not layout.sources:  # it came in a file, and may only bear the name of a layout of ours
             return f"{layout.name} is described by a file, and is not the installed layout of this name"
         return self.refusal_of(layout, shape)
@@ -230,30 +237,55 @@ class Dialect:
             raise PlanError(f"{plan.source}: {why_not}")
 
         inputs = self._inputs(plan.steps)
+        written = tuple(s for s in plan.steps if inputs.get(s.name) != NOWHERE)
 
         def write_file(file: BinaryIO, steps: tuple[Step, ...], stream: Iterator[PackedTensor]) -> tuple[str, ...]:
             return _write_file(file, [(step, self._pieces(step, inputs)) for step in steps], stream)
 
         with whole_folder(path, check) as folder:
             beside.write_files(folder, plan, iter(tensors), write_file)
-            beside.write_extras(folder, extras, self.says(plan.steps, extras))
-            for name, data in self.files(plan.steps, extras).items():
+            beside.write_extras(folder, extras, self.says(written, extras))
+            for name, data in self.files(written, extras).items():
                 beside.dump(folder / name, data)
 
     def open(self, path: Path, layouts: Layouts, read_as: Mapping[str, str] = MappingProxyType({})) -> Source:
         """Open a folder: as the safetensors container does, which knows all dialects."""
         return get("safetensors").open(path, layouts, read_as)
 
+    def remarks(self, steps: tuple[Step, ...]) -> list[str]:
+        """What a user should know of such a folder: which tensors are not written to it, and why."""
+        names = [name for name, how in self._inputs(steps).items() if how == NOWHERE]
+        if not names:
+            return []
+        which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        return [f"{which}: left out, as a scale of inputs has no place beside the weight it would have there"]
+
     def _inputs(self, steps: tuple[Step, ...]) -> dict[str, Activation]:
-        """Module -> how the scale of its inputs is stored, where that depends on its weight."""
-        forms = {s.name: form for s in steps if s.name.endswith(WEIGHT) and (form := self.form(s.layout))}
-        return {name.removesuffix(WEIGHT): form.activation for name, form in forms.items() if form.activation}
+        """Scale of a layer's inputs -> how it is stored, where that depends on the layer's weight.
+
+        Scales were chosen for the numbers that the inputs had beside the old weight: beside one of another family,
+        or a dense one, they would be wrong.
+        """
+        weights = {s.name.removesuffix(WEIGHT): s for s in steps if s.name.endswith(WEIGHT)}
+        out: dict[str, Activation] = {}
+        for step in steps:
+            was = input_scale(step)
+            weight = weights.get(step.name.removesuffix(was.suffix)) if was else None
+            if weight is None:
+                continue
+            form = self.form(weight.layout)
+            if not dense_dtype(weight.before) and _family(weight.before) != _family(weight.layout):
+                out[step.name] = NOWHERE
+            elif form and form.activation:
+                out[step.name] = form.activation
+        return out
 
     def _pieces(self, step: Step, inputs: Mapping[str, Activation]) -> list[_Piece]:
         """The tensors of the file that a step becomes."""
         form = self.form(step.layout)
         if form is None:
-            return [_dense_piece(step, inputs)]
+            now = inputs.get(step.name)
+            return [] if now == NOWHERE else [_dense_piece(step, now)]
         found = []
         for c in step.layout.fit(*matrix(step.shape)).components:
             stored = form.components[c.name]
@@ -296,15 +328,21 @@ def _write_file(
     return tuple(entries)
 
 
-def _dense_piece(step: Step, inputs: Mapping[str, Activation]) -> _Piece:
+def _dense_piece(step: Step, now: Activation | None) -> _Piece:
     """A dense tensor as it is, or the scale of a layer's inputs as the dialect has it."""
     dtype = NAME_OF[step.layout.fit(*matrix(step.shape)).components[0].dtype]
-    if was := input_scale(step):
-        module = step.name.removesuffix(was.suffix)
-        now = inputs.get(module, was)
-        if now != was:
-            return _Piece(module + now.suffix, dtype, now.shape, _inverse if now.divides != was.divides else _plain)
-    return _Piece(step.name, dtype, step.shape, _plain)
+    was = input_scale(step)
+    if was is None or now is None:
+        return _Piece(step.name, dtype, step.shape, _plain)
+    called = step.name.removesuffix(was.suffix) + now.suffix
+    if now.divides != was.divides:
+        return _Piece(called, "F32", now.shape, _inverse)
+    return _Piece(called, dtype, now.shape, _plain)
+
+
+def _family(layout: Layout) -> str:
+    """What layouts have in common whose layers round their inputs alike: nvfp4 of nvfp4_ct."""
+    return layout.name.partition("_")[0]
 
 
 def _plain(tensor: PackedTensor) -> Array:
@@ -313,7 +351,7 @@ def _plain(tensor: PackedTensor) -> Array:
 
 def _inverse(tensor: PackedTensor) -> Array:
     with np.errstate(divide="ignore"):
-        inverse: Array = np.float32(1) / dense_values(tensor)
+        inverse: Array = np.float32(1) / dense_values(tensor).astype(np.float32)
     return inverse
 
 
@@ -357,9 +395,11 @@ def embedding_refusal(steps: tuple[Step, ...]) -> str:
 
 def input_scale(step: Step) -> Activation | None:
     """How a dense tensor holds the scale of a layer's inputs, if that is what it is by its name, dtype and size."""
-    if step.layout != DENSE["f32"] or prod(step.shape) != 1:
+    dtype = dense_dtype(step.layout)
+    if dtype not in FLOATS or prod(step.shape) != 1:
         return None
-    return next((a for a in (MULTIPLIES, DIVIDES) if step.name.endswith(a.suffix)), None)
+    known = (a for a in (MULTIPLIES, DIVIDES, DEEPSEEKS) if dtype == "float32" or not a.divides)
+    return next((a for a in known if step.name.endswith(a.suffix)), None)
 
 
 def packed_steps(steps: tuple[Step, ...]) -> list[Step]:
@@ -372,7 +412,7 @@ def packed_steps(steps: tuple[Step, ...]) -> list[Step]:
 
 def told(path: Path, config: dict[str, Any] | None) -> tuple[Dialect, Says] | None:
     """The dialect of a folder and what its config.json, or a file in its place, says; None if there is none."""
-    says = (config or {}).get(QUANTISED)
+    says = beside.quantised(config)
     if isinstance(says, dict):
         method = says.get("quant_method")
         return (dialect(METHODS[method]), says) if isinstance(method, str) and method in METHODS else None
@@ -482,7 +522,8 @@ def _checked(
 def _tensor(name: str, form: Form, layout: Layout, component: Placed, shape: Shape, tensors: Tensors) -> TensorInfo:
     """The tensor that holds a component, if it is what it should be."""
     stored = form.components[component.name]
-    called = form.called(name, stored.suffix)
+    names = [form.called(name, suffix) for suffix in (stored.suffix, *stored.others)]
+    called = next((n for n in names if n in tensors), names[0])
     if called not in tensors:
         raise ContainerError(f"{name}: {called!r} is missing, in which {layout.name} has {component.name!r}", "PF110")
     tensor = tensors[called]
@@ -493,7 +534,8 @@ def _tensor(name: str, form: Form, layout: Layout, component: Placed, shape: Sha
     have = tensor.shape
     if tensor.kind == "F4" and have and have[-1] % 2 == 0:
         have = (*have[:-1], have[-1] // 2)
-    if have != need and not (prod(have) == 1 == prod(need)):
+    column = (*need, 1) if len(need) == 1 else need
+    if have not in (need, column) and not (prod(have) == 1 == prod(need)):
         raise ContainerError(
             f"{called}: is {list(tensor.shape)}, a {layout.name} weight of {list(shape)} needs {list(need)}", "PF106"
         )

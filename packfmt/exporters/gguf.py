@@ -38,6 +38,7 @@ from packfmt.codec import Array, PackedTensor, matrix
 from packfmt.errors import ContainerError, LayoutError, PlanError
 from packfmt.exporters import Extras, KeyValue, Layouts
 from packfmt.exporters import gguf_header as header
+from packfmt.exporters.beside import without_quantised
 from packfmt.exporters.folder import DIVIDES, MULTIPLIES
 from packfmt.exporters.gguf_header import MOST_DIMS, Entry, aligned, alignment_of
 from packfmt.exporters.gguf_types import WEIGHT, GgmlType, among, ggml_types, rooms, sized
@@ -146,6 +147,11 @@ def plan_refusal(steps: tuple[Step, ...]) -> str:
                 return f"{step.name}: its scale needs {why_not}"
             owner[scale] = f"that of {step.name}"
     return ""
+
+
+def remarks(steps: tuple[Step, ...]) -> list[str]:
+    """What a user should know of such a file; nothing."""
+    return []
 
 
 def extras_refusal(extras: Extras) -> str:
@@ -333,7 +339,7 @@ def _own_keys(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> dict[str, 
     layouts = {s.layout.id: s.layout.to_json() for s in plan.steps if s.layout.name not in DENSE}
     texts = {"tensors": tensors, "layouts": layouts}
     if extras.config is not None:
-        texts["config"] = {k: v for k, v in extras.config.items() if k != "quantization_config"}
+        texts["config"] = without_quantised(extras.config)
     out = {OURS + "version": KeyValue("UINT32", VERSION)}
     for key, data in texts.items():
         out[OURS + key] = KeyValue("STRING", json.dumps(data, ensure_ascii=False, separators=(",", ":")))

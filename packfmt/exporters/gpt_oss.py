@@ -19,7 +19,7 @@ from typing import Any
 from packfmt.codec import dense_dtype
 from packfmt.errors import ContainerError
 from packfmt.exporters import Extras
-from packfmt.exporters.beside import QUANTISED
+from packfmt.exporters.beside import quantised_by
 from packfmt.exporters.folder import Dialect, Form, Found, Read, Says, Shape, Stored, Tensors, packed_steps
 from packfmt.layout import Layout
 from packfmt.plan import Step
@@ -68,8 +68,7 @@ def plan_refusal_of(steps: tuple[Step, ...]) -> str:
 
 def says(steps: tuple[Step, ...], extras: Extras) -> dict[str, Any]:
     """The config as OpenAI has it, with what the source's said if it was such a folder itself."""
-    before = (extras.config or {}).get(QUANTISED)
-    carried: Says = before if isinstance(before, dict) and before.get("quant_method") == METHOD else {}
+    carried = quantised_by(METHOD, extras.config)
     return {"quant_method": METHOD, "modules_to_not_convert": STAY, **carried}
 
 

@@ -19,7 +19,6 @@ Source: nvidia-modelopt 0.47.0, torch/export/quant_utils.py, unified_export_hf.p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from math import prod
 from types import MappingProxyType
@@ -28,11 +27,12 @@ from typing import Any, Final
 from packfmt.codec import dense_dtype
 from packfmt.errors import ContainerError
 from packfmt.exporters import Extras
-from packfmt.exporters.beside import QUANTISED
+from packfmt.exporters.beside import quantised_by
 from packfmt.exporters.folder import (
-    EMBEDDING,
     MULTIPLIES,
+    NOWHERE,
     WEIGHT,
+    Activation,
     Dialect,
     Form,
     Found,
@@ -42,6 +42,7 @@ from packfmt.exporters.folder import (
     Stored,
     Tensors,
     as_scalar,
+    embedding_refusal,
     packed_steps,
     stay_dense,
 )
@@ -82,10 +83,12 @@ def _as_experts(component: Shape, weight: Shape) -> Shape:
     return (weight[0], component[0] // max(1, weight[0]), *component[1:])
 
 
-def _linear(weight: str = "weight", scale: Stored | None = None, **others: Stored) -> Form:
+def _linear(
+    weight: str = "weight", scale: Stored | None = None, activation: Activation = MULTIPLIES, **others: Stored
+) -> Form:
     """X.weight, and what stands beside it."""
     beside = {SCALE: scale or Stored("." + SCALE)}
-    return Form({weight: Stored(WEIGHT), **beside, **others}, WEIGHT, activation=MULTIPLIES)
+    return Form({weight: Stored(WEIGHT), **beside, **others}, WEIGHT, activation=activation)
 
 
 FORMS: Final[Mapping[str, Form]] = MappingProxyType(
@@ -99,9 +102,9 @@ FORMS: Final[Mapping[str, Form]] = MappingProxyType(
             }
         ),
         "mxfp4_pairs": _linear("weight_packed"),
-        "mxfp8_e4m3": _linear(),
+        "mxfp8_e4m3": _linear(activation=NOWHERE),
         "fp8_tensor": _linear(scale=Stored("." + SCALE, shape=as_scalar)),
-        "fp8_row": _linear(),
+        "fp8_row": _linear(activation=NOWHERE),  # each token's inputs get theirs while the model runs
     }
 )
 
@@ -181,11 +184,9 @@ def plan_refusal_of(steps: tuple[Step, ...]) -> str:
     if not packed_steps(steps):
         return f"nothing would be {', '.join(FORMS)}"
     for step in packed_steps(steps):
-        if EMBEDDING.search(step.name):
-            return f"{step.name}: an embedding, which ModelOpt keeps dense; say --map '{re.escape(step.name)}=keep'"
         if step.layout.name == "nvfp4_rows" and step.name.endswith(WEIGHT):
             return f"{step.name}: nvfp4_rows is for stacks of experts, none of which is called {WEIGHT}"
-    return ""
+    return embedding_refusal(steps)
 
 
 def files(steps: tuple[Step, ...], extras: Extras) -> dict[str, Any]:
@@ -272,8 +273,7 @@ def _producer(extras: Extras) -> dict[str, Any]:
 
 def _before(extras: Extras) -> Mapping[str, Any]:
     """What config.json said, if it was ModelOpt's."""
-    before = (extras.config or {}).get(QUANTISED)
-    return before if isinstance(before, dict) and before.get("quant_method") == NAME else {}
+    return quantised_by(NAME, extras.config)
 
 
 DIALECT = Dialect(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from packfmt.exporters import Extras
-from packfmt.exporters.beside import QUANTISED
+from packfmt.exporters.beside import quantised_by
 from packfmt.exporters.folder import (
     WEIGHT,
     Dialect,
@@ -76,8 +76,7 @@ def plan_refusal_of(steps: tuple[Step, ...]) -> str:
 
 def says(steps: tuple[Step, ...], extras: Extras) -> dict[str, Any]:
     """The config: what the source's said if it was such a folder itself, else of 4-bit weights and dense inputs."""
-    before = (extras.config or {}).get(QUANTISED)
-    carried: Says = before if isinstance(before, dict) and before.get("quant_method") == METHOD else {}
+    carried = quantised_by(METHOD, extras.config)
     kinds = {"weight": SPEC, "input_tensors": None, "output_tensors": None, "bias": None, "target_device": None}
     return {
         "quant_method": METHOD,

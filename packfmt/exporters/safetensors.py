@@ -60,6 +60,11 @@ def plan_refusal(steps: tuple[Step, ...]) -> str:
     return ""
 
 
+def remarks(steps: tuple[Step, ...]) -> list[str]:
+    """What a user should know of such a file; nothing, for it holds all of a model as it is."""
+    return []
+
+
 def extras_refusal(extras: Extras) -> str:
     """Why it cannot do with what the model has beside its tensors; empty, for it needs nothing."""
     return ""

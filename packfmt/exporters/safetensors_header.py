@@ -107,7 +107,7 @@ def _entry(where: str, value: Any) -> Entry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ContainerError(f"{where}: needs dtype, shape and data_offsets", "PF102")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPES and dtype not in BITS:
+    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in BITS):
         raise ContainerError(f"{where}: dtype {dtype!r}, needs one of {', '.join((*DTYPES, *BITS))}", "PF105")
     if not _naturals(shape) or len(shape) > 64:
         raise ContainerError(f"{where}: shape {shape!r}, needs a list of whole numbers", "PF106")
