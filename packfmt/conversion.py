@@ -365,7 +365,7 @@ def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
     if target.is_dir() and not _replaceable(target):
         raise PlanError(
             f"{target}: a folder that is not known to be packfmt's, or that another ecosystem's reader loads: it may "
-            "be the only copy of a model, so --force does not replace it; remove it first, or choose another destination"
+            "be the only copy of a model, so --force does not replace it; remove it first, or choose another place"
         )
     folder = target.absolute().parent
     if not folder.is_dir():

@@ -104,7 +104,8 @@ def get(name: str) -> Container:
     """
     plain = name.lower().replace("-", "_")
     if plain not in NAMES:
-        near = get_close_matches(plain, NAMES, 2) or NAMES
-        raise PlanError(f"no container is called {name!r}; there are {', '.join(near)}".replace("_", "-"))
+        near = get_close_matches(plain, NAMES, 2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(NAMES)}"
+        raise PlanError(f"no container is called {name!r}; {hint.replace('_', '-')}")
     module = import_module(f"{__name__}.{plain}")
     return cast(Container, getattr(module, "DIALECT", module))
