@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,3 +60,16 @@ def vector_of(name: str, kind: str, numbers: str) -> tuple[PackedTensor, bytes]:
     files = [f"{kind}.bin"] if len(parts) == 1 else [f"{kind}.{part}.bin" for part in parts]
     raw = [(SPEC / "vectors" / name / file).read_bytes() for file in files]
     return packed_of(name, (rows, cols), raw), (SPEC / "vectors" / name / f"{numbers}.f32").read_bytes()
+
+
+def examples(pages: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Format and text of every worked example on these pages."""
+    for name in pages:
+        text = page(name).split("## Worked example\n")[1].split("\n## ")[0]
+        parts = re.split(r"^### (\S+)$", text, flags=re.M)
+        yield from zip(parts[1::2], parts[2::2], strict=True) if len(parts) > 1 else [(name, text)]
+
+
+def spelled(text: str) -> bytes:
+    """Bytes of an example: `00 * 62` is 62 of them."""
+    return bytes.fromhex(re.sub(r"(\w\w) \* (\d+)", lambda m: m[1] * int(m[2]), text))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from packfmt import minifloat
 from packfmt.errors import LayoutError
-from packfmt.kernels import hif4, scaled
+from packfmt.kernels import hif4, scaled, tiles
 
 F32, F64 = np.float32, np.float64
 Floats = npt.NDArray[np.float32]
@@ -321,13 +321,13 @@ SHARES = [(0, 0), (1, 0), (2, 32), (128, 128), (3, 7)]
 @pytest.mark.parametrize("rule", ["amax", "compressed-tensors"])
 @given(weight=weights((1, 17, 64, 130), 5), share=st.sampled_from(SHARES))
 def test_fp8_gives_the_bytes_of_its_twin(dtype: str, rule: str, weight: Floats, share: tuple[int, int]) -> None:
-    assert_same(scaled.fp8(weight, share, dtype, rule), slow.fp8(weight, share, dtype, rule))
+    assert_same(tiles.fp8(weight, share, dtype, rule), slow.fp8(weight, share, dtype, rule))
 
 
 def test_fp8_blocks_at_the_edges_have_their_own_scales() -> None:
     weight = np.ones((130, 260), F32)
     weight[128:, 256:] = 448
-    parts = scaled.fp8(weight, (128, 128))
+    parts = tiles.fp8(weight, (128, 128))
     assert parts["scale"].shape == (2, 3) and parts["scale"][1, 2] == 1 and parts["scale"][0, 0] == F32(1 / 448)
     assert (parts["codes"] == 0x7E).all()
 
@@ -339,7 +339,7 @@ def test_minifloats_give_the_bytes_of_their_twin(
     element: str, rule: str, drawn: tuple[Floats, Floats | None], share: tuple[int, int]
 ) -> None:
     numbers = minifloat.numbers(element)
-    found = scaled.minifloat(drawn[0], numbers, share, rule, drawn[1])
+    found = tiles.minifloat(drawn[0], numbers, share, rule, drawn[1])
     with np.errstate(over="ignore", invalid="ignore"):
         assert_same(found, slow.minifloat(drawn[0], numbers, share, rule, drawn[1]))
 
@@ -357,7 +357,7 @@ def test_packed_integers_give_the_bytes_of_their_twin(
 ) -> None:
     if dtype == "<f2":
         drawn = (drawn[0].clip(-30000, 30000), drawn[1])
-    found = scaled.packed_int(drawn[0], bits, group, symmetric, dtype, rule, drawn[1])
+    found = tiles.packed_int(drawn[0], bits, group, symmetric, dtype, rule, drawn[1])
     with np.errstate(over="ignore", invalid="ignore"):
         assert_same(found, slow.packed_int(drawn[0], bits, group, symmetric, dtype, rule, drawn[1]))
 
@@ -384,21 +384,21 @@ def every_encoder() -> dict[str, tuple[Callable[[Floats], Parts], Callable[[Part
         found[f"hif4 {rule}"] = (lambda w, rule=rule: hif4.hif4(w, rule), lambda parts, w: decode_hif4(parts))
     for dtype in ("<f4", "bfloat16", "float8_e8m0fnu"):
         found[f"fp8 {dtype}"] = (
-            lambda w, dtype=dtype: scaled.fp8(w, (2, 48), dtype),
+            lambda w, dtype=dtype: tiles.fp8(w, (2, 48), dtype),
             lambda parts, w: decode_tiles(parts, w, "float8_e4m3fn", (2, 48)),
         )
     for element in ("float3_e2m0b1", "float4_e2m1fn", "float8_e3m4b3"):
         for rule in ("best", "amax"):
             numbers = minifloat.numbers(element)
             found[f"minifloat {element} {rule}"] = (
-                lambda w, numbers=numbers, rule=rule: scaled.minifloat(w, numbers, (1, 32), rule),
+                lambda w, numbers=numbers, rule=rule: tiles.minifloat(w, numbers, (1, 32), rule),
                 lambda parts, w, element=element: decode_tiles(parts, w, element, (1, 32)),
             )
     for symmetric in (True, False):
         for rule in ("best", "compressed-tensors"):
             for dtype in ("bfloat16", "<f4"):
                 found[f"int4 {symmetric} {rule} {dtype}"] = (
-                    lambda w, s=symmetric, r=rule, d=dtype: scaled.packed_int(w, 4, 32, s, d, r),
+                    lambda w, s=symmetric, r=rule, d=dtype: tiles.packed_int(w, 4, 32, s, d, r),
                     lambda parts, w: decode_integers(parts, 4),
                 )
     return found
@@ -483,12 +483,12 @@ def test_what_does_not_fit_is_refused() -> None:
         (lambda: scaled.fp4_ue5m3(weight, "ocp"), "fp4_ue5m3: no rule is called 'ocp'"),
         (lambda: hif4.hif4(weight), "hif4: 40 columns, needs a multiple of 64"),
         (lambda: hif4.hif4(weight, "rtn"), "hif4: no rule is called 'rtn'"),
-        (lambda: scaled.fp8(weight, (1, 0), "<f2"), "fp8: no scale dtype is called '<f2'"),
-        (lambda: scaled.fp8(weight, (1, 0), rule="best"), "fp8: no rule is called 'best'"),
-        (lambda: scaled.minifloat(weight, numbers, (1, 0), "ocp"), "minifloat: no rule is called 'ocp'"),
-        (lambda: scaled.packed_int(weight, 9, 0), "packed_int: 9 bits, needs 2 to 8"),
-        (lambda: scaled.packed_int(weight, 4, 32), "packed_int: 40 columns, needs a multiple of the group, 32"),
-        (lambda: scaled.packed_int(weight * 1e6, 4, 8, dtype="<f2"), "10 of 10 scales overflow float16; use bf16"),
+        (lambda: tiles.fp8(weight, (1, 0), "<f2"), "fp8: no scale dtype is called '<f2'"),
+        (lambda: tiles.fp8(weight, (1, 0), rule="best"), "fp8: no rule is called 'best'"),
+        (lambda: tiles.minifloat(weight, numbers, (1, 0), "ocp"), "minifloat: no rule is called 'ocp'"),
+        (lambda: tiles.packed_int(weight, 9, 0), "packed_int: 9 bits, needs 2 to 8"),
+        (lambda: tiles.packed_int(weight, 4, 32), "packed_int: 40 columns, needs a multiple of the group, 32"),
+        (lambda: tiles.packed_int(weight * 1e6, 4, 8, dtype="<f2"), "10 of 10 scales overflow float16; use bf16"),
         (lambda: scaled.mx(weight[:, :32], numbers, importance=weight), r"importance is \(2, 40\), needs \(1, 32\)"),
     ]:  # fmt: skip
         with pytest.raises(LayoutError, match=reason):
@@ -557,7 +557,7 @@ def test_fp8_of_compressed_tensors(package: Any, dtype: str, strategy: str, shar
         else:
             low, high = torch.aminmax(values) if strategy == "tensor" else torch.aminmax(values, dim=1, keepdim=True)
         codes, scale, _ = package(values, low, high, **said)
-        parts = scaled.fp8(weight, share, dtype, "compressed-tensors")
+        parts = tiles.fp8(weight, share, dtype, "compressed-tensors")
         assert scale.float().numpy().tobytes() == parts["scale"].tobytes()
         assert codes.to(torch.float8_e4m3fn).view(torch.uint8).numpy().tobytes() == parts["codes"].tobytes()
 
@@ -576,7 +576,7 @@ def test_packed_integers_of_compressed_tensors(package: Any, dtype: str, symmetr
         low, high = torch.aminmax(values.unflatten(-1, (-1, group or 256)), dim=-1)
         said: dict[str, Any] = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
         codes, scale, zero = package(values, low, high, num_bits=bits, type="int", symmetric=symmetric, **said)
-        parts = scaled.packed_int(weight, bits, group, symmetric, dtype, "compressed-tensors")
+        parts = tiles.packed_int(weight, bits, group, symmetric, dtype, "compressed-tensors")
         assert scale.float().numpy().tobytes() == parts["scale"].tobytes()
         np.testing.assert_array_equal(codes.float().numpy() + (1 << bits - 1), parts["codes"])
         if not symmetric:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from packfmt import codecs, placement
 from packfmt.errors import LayoutError
-from packfmt.kernels import blocks, quantize, ternary
+from packfmt.kernels import quantize, ternary, ternary_blocks
 from tests.test_formats import distributions, plain_weights
 
 F32 = np.float32
@@ -41,8 +41,8 @@ fast_formats = pytest.mark.parametrize("name", ("tq1_0", "tq2_0", *SHERRY))
 
 
 def fast(name: str, weight: Floats) -> bytes | None:
-    doors = {"tq1_0": blocks.tq1_0, "tq2_0": blocks.tq2_0}
-    found = blocks.sherry(weight, *SHERRY[name]) if name in SHERRY else doors[name](weight)
+    doors = {"tq1_0": ternary_blocks.tq1_0, "tq2_0": ternary_blocks.tq2_0}
+    found = ternary_blocks.sherry(weight, *SHERRY[name]) if name in SHERRY else doors[name](weight)
     return None if found is None else found["blocks"].tobytes()
 
 
@@ -86,7 +86,7 @@ def tied_weights(cols: int) -> st.SearchStrategy[Floats]:
 def test_the_golden_block_of_stq1_0_is_written_in_both_orders(stride: int) -> None:
     steps = from_codes(CODES, stride)
     assert steps[:16] == ["-0+".index(c) - 1 for c in STQ1_0_START[stride].replace(" ", "")]
-    assert blocks.sherry(from_steps(steps), stride, 256)["blocks"].tobytes().hex() == STQ1_0
+    assert ternary_blocks.sherry(from_steps(steps), stride, 256)["blocks"].tobytes().hex() == STQ1_0
     assert slow.sherry_block(from_steps(steps)[0], stride).hex() == STQ1_0
 
 

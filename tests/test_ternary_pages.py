@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from pages import MANIFEST, ROOT, SPEC, bytes_of, packed_again, packed_of, page, tool, vector_of
+from pages import MANIFEST, ROOT, SPEC, bytes_of, examples, packed_again, packed_of, page, spelled, tool, vector_of
 
 from packfmt import codecs
 from packfmt.codec import PackedTensor
@@ -179,20 +178,7 @@ def test_the_twin_gives_the_bytes_of_bitnet_cpp(case: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- pages
 
 
-def examples() -> Iterator[tuple[str, str]]:
-    """Format and text of every worked example."""
-    for name in PAGES:
-        text = page(name).split("## Worked example\n")[1].split("\n## ")[0]
-        parts = re.split(r"^### (\S+)$", text, flags=re.M)
-        yield from zip(parts[1::2], parts[2::2], strict=True) if len(parts) > 1 else [(name, text)]
-
-
-EXAMPLES = dict(examples())
-
-
-def spelled(text: str) -> bytes:
-    """Bytes of an example: `00 * 62` is 62 of them."""
-    return bytes.fromhex(re.sub(r"(\w\w) \* (\d+)", lambda m: m[1] * int(m[2]), text))
+EXAMPLES = dict(examples(PAGES))
 
 
 def example(name: str) -> tuple[PackedTensor, list[bytes]]:

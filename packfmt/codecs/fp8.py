@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from packfmt.codec import Codec
-from packfmt.kernels import scaled
+from packfmt.kernels import tiles
 from packfmt.layout import Component, Digit, Layout, Values, cols, dtype_of, grid, rows
 
 TILE = 128
@@ -64,7 +64,7 @@ def _layout(kind: str, suffix: str) -> Layout:
 
 
 def _encode(weight: np.ndarray, share: tuple[int, int], suffix: str, rule: str) -> dict[str, np.ndarray]:
-    parts = scaled.fp8(weight, share, DTYPES[suffix], rule)
+    parts = tiles.fp8(weight, share, DTYPES[suffix], rule)
     scale, dtype = parts["scale"], dtype_of(DTYPES[suffix])
     numbers = scale.view(dtype) if scale.dtype == np.uint8 else scale.astype(dtype)
     return {"codes": parts["codes"].view(ml_dtypes.float8_e4m3fn), "scale": numbers}

@@ -21,7 +21,7 @@ import numpy as np
 from packfmt import minifloat
 from packfmt.codec import Codec
 from packfmt.errors import PlanError
-from packfmt.kernels import scaled
+from packfmt.kernels import tiles
 from packfmt.layout import Codes, Component, Layout, Values, cols, grid, rows
 
 NAME = re.compile(r"e(\d)m(\d)(?:b(\d+))?_(?:(tensor)|(row)|g(\d+))")
@@ -69,4 +69,4 @@ def codec(name: str) -> Codec:
 
 
 def _encode(weight: np.ndarray, **choice: Any) -> dict[str, np.ndarray]:
-    return scaled.minifloat(weight, **choice)
+    return tiles.minifloat(weight, **choice)

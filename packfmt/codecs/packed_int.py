@@ -20,7 +20,7 @@ import numpy as np
 
 from packfmt.codec import Codec
 from packfmt.errors import PlanError
-from packfmt.kernels import scaled
+from packfmt.kernels import tiles
 from packfmt.layout import WORD, Codes, Component, Digit, Layout, Values, cols, dtype_of, grid, rows
 
 NAME = re.compile(r"ct_int([2-8])(_legacy)?_(?:row|g(\d+))(_asym)?(_f16|_f32)?")
@@ -79,5 +79,5 @@ def codec(name: str) -> Codec:
 
 
 def _encode(weight: np.ndarray, dtype: str, **choice: Any) -> dict[str, np.ndarray]:
-    parts = scaled.packed_int(weight, dtype=dtype, **choice)
+    parts = tiles.packed_int(weight, dtype=dtype, **choice)
     return parts | {"scale": parts["scale"].astype(dtype_of(dtype))}

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from packfmt.codec import Codec
-from packfmt.kernels import blocks, spell, ternary
+from packfmt.kernels import spell, ternary, ternary_blocks
 from packfmt.layout import COLS, ROWS, Axis, Codes, Component, Digit, Layout, Values, cols, grid, rows
 from packfmt.spellings import contiguous_quads
 
@@ -144,7 +144,7 @@ def _codec(
     block: int = 0,
     amax: bool = False,
 ) -> Codec:
-    """`block`: of the layout's records, if they have the bytes that `kernels.blocks.sherry` writes."""
+    """`block`: of the layout's records, if they have the bytes that `kernels.ternary_blocks.sherry` writes."""
     encoders: dict[str, Any] = {
         "mean": parts,
         "row": partial(parts, share="row"),
@@ -152,7 +152,7 @@ def _codec(
     }
     if amax:
         encoders["amax"] = partial(parts, scale_rule="amax")
-    fast = {"mean": partial(blocks.sherry, stride=stride, block=block)} if block else {}
+    fast = {"mean": partial(ternary_blocks.sherry, stride=stride, block=block)} if block else {}
     return Codec(layout, encoders, WEIGHTED, fast, partial(_remark, stride=stride, group=group))
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from packfmt.codec import Codec
-from packfmt.kernels import blocks as fast
 from packfmt.kernels import spell, ternary
+from packfmt.kernels import ternary_blocks as fast
 from packfmt.layout import COLS, ROWS, Axis, Digit, Values, blocks, grid
 
 BLOCK = 256

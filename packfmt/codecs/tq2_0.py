@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import partial
 
 from packfmt.codec import Codec
-from packfmt.kernels import blocks as fast
 from packfmt.kernels import quantize, ternary
+from packfmt.kernels import ternary_blocks as fast
 from packfmt.layout import Codes, Values, blocks, cols, grid
 
 BLOCK = 256
