@@ -551,8 +551,8 @@ def test_fp8_of_compressed_tensors(package: Any, dtype: str, strategy: str, shar
         values = torch.from_numpy(weight).to(torch.float32 if dtype == "<f4" else torch.bfloat16)
         said: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
         if strategy == "block":
-            tiles = values.reshape(2, 4, 2, 128)
-            low, high = tiles.amin((1, 3)), tiles.amax((1, 3))
+            cut = values.reshape(2, 4, 2, 128)
+            low, high = cut.amin((1, 3)), cut.amax((1, 3))
             said["block_structure"] = [4, 128]
         else:
             low, high = torch.aminmax(values) if strategy == "tensor" else torch.aminmax(values, dim=1, keepdim=True)
