@@ -2,6 +2,7 @@
 
 packed = packfmt.pack(weight, "q4_0")
 packed.decode(); packed.nbytes; packed.layout.bits_per_weight
+packed.matmul(x); ready = packfmt.prepare(packed); ready.matmul(x)
 with packfmt.open("out/") as model: model["layers.0.mlp.up_proj.weight"].decode()
 packfmt.convert("model/", "out/", to="mxfp4", overrides={r"lm_head": "q8_0"})
 """
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from packfmt.conversion import convert
     from packfmt.errors import ContainerError, LayoutError, MachineError, MismatchError, PackfmtError, PlanError
     from packfmt.layout import Layout
+    from packfmt.prepared import Prepared, prepare
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,8 @@ _HOME = {
     "open": "checkpoint",
     "PackedTensor": "codec",
     "convert": "conversion",
+    "Prepared": "prepared",
+    "prepare": "prepared",
     "Layout": "layout",
     "PackfmtError": "errors",
     "LayoutError": "errors",
@@ -44,10 +48,12 @@ __all__ = [
     "PackedTensor",
     "PackfmtError",
     "PlanError",
+    "Prepared",
     "convert",
     "formats",
     "open",
     "pack",
+    "prepare",
 ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import fused, placement, respelling
+from packfmt import fused, placement, products, respelling
 from packfmt.errors import LayoutError
 from packfmt.layout import DENSE, Layout, dtype_of
 
@@ -82,6 +82,31 @@ class PackedTensor:
     def decode(self) -> npt.NDArray[np.float32]:
         """The weight as float32, in its logical shape, by the formula of the layout's grid."""
         return fused.decode(self.layout, self.matrix, self.components).reshape(self.shape)
+
+    def matmul(self, x: Array, threads: int | None = None) -> npt.NDArray[np.float32]:
+        """The product of the weight with activations, by the canonical sums (spec/products.md).
+
+        The bits do not depend on machine, threads or batch. The weight is made ready each time: `packfmt.prepare`
+        does it once, for many products.
+
+        Parameters
+        ----------
+        x : (cols,) or (..., cols), any float dtype of NumPy or ml_dtypes; float64 is rounded to float32
+        threads : how many at most; default: PACKFMT_THREADS, or the processors that there are
+
+        Returns
+        -------
+        (..., *rows) float32, where the weight's shape is (*rows, cols)
+
+        Raises
+        ------
+        LayoutError
+            If x has other columns or no floats, or a component is not what the layout says.
+        PackfmtError
+            If `threads` is not a whole number of 1 to 256.
+        """
+        ready = products.product(self.layout, self.matrix, self.components)
+        return products.multiply(ready, x, self.shape[:-1], threads)
 
     def repack(self, layout: Layout, rounded_reciprocal: bool = False) -> PackedTensor:
         """The same numbers in another layout: bits move, or codes are spelled anew; nothing is rounded.

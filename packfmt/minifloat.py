@@ -75,6 +75,7 @@ OTHERS: Final[dict[str, Callable[[], Doubles]]] = {
     "ufloat7_e4m3": _ggml_e4m3,
     "int4": lambda: _twos(4),
     "int8_f6": lambda: _twos(8) / 64,
+    "int8_f2": lambda: _twos(8) / 4,
     "int4_6/7": lambda: _twos(4) * 6 / 7,
     "sm4_f2": lambda: _signed(np.arange(8) / 4),
 }

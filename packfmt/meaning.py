@@ -1,0 +1,208 @@
+"""What a layout's numbers are to a product: whole steps, which an integer dot sums, or numbers of any kind.
+
+The canonical product (spec/products.md) has two ways. A layout's description decides which one it goes, and
+nothing else: neither the kernels that there are, nor the machine, nor the numbers of a tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from packfmt import minifloat
+from packfmt.errors import LayoutError
+from packfmt.grids import first_copies, scale_numbers
+from packfmt.layout import Layout, dtype_of
+from packfmt.placement import Array, Arrays
+from packfmt.respelling import WRONG
+from packfmt.spellings import F32, SPELLINGS, has_steps, number_steps, scales, unit
+
+Shape = tuple[int, int]
+Floats = npt.NDArray[np.float32]
+
+MOST_STEP: Final = 1024  # of which 256 products with int8 fit int32 by far
+MOST_BITS: Final = 16  # of codes
+LEAST_GROUP: Final = 4  # columns that share a scale
+BLOCK: Final = 256  # columns of a dot at most
+BESIDE: Final = frozenset({"perm", "columns", "column_values"})  # parts that change which activations a code meets
+PLAIN: Final = frozenset({"affine", "quotient", "levels", "table", "scaled", "augmented", "affine_zero", "planes"})
+AFFINE: Final = frozenset({"affine", "quotient", "affine_zero", "planes"})
+
+
+class Meaning(NamedTuple):
+    """How the numbers of a layout are whole steps times scales, for one shape.
+
+    steps : of every code, code 0 first; empty where a code stands for several weights (`SPELLINGS` reads them)
+    unit : float, a power of two: a number is step * unit * scale
+    planes : of which a weight is the sum
+    group : columns that share a scale; 0: all of a row
+    cols : columns as they are stored, copies included
+    """
+
+    steps: tuple[int, ...]
+    unit: float
+    planes: int
+    group: int
+    cols: int
+
+
+def meaning(layout: Layout, shape: Shape) -> Meaning | None:
+    """The steps of a layout; None if its numbers are of any other kind, or no grid can take its description."""
+    try:
+        return _meaning(layout, shape)
+    except (*WRONG, LayoutError):  # a description from a file may say anything; decoding says what is wrong
+        return None
+
+
+def _meaning(layout: Layout, shape: Shape) -> Meaning | None:
+    grid, parts = layout.grid, layout.fit(*shape).parts
+    params = dict(grid.params)
+    needs = {"codes", "scale"}
+    needs |= {"global_scale"} if params.get("global_scale") else set()
+    needs |= {"affine_zero": {"zero"}, "hif4": {"shift8", "shift4"}}.get(grid.name, set())
+    if not needs <= parts.keys() <= needs | BESIDE or layout.streams or parts["codes"].bits > MOST_BITS:
+        return None
+    codes, scale = parts["codes"], parts["scale"]
+    group = _group(layout, shape)
+    if group and (group < LEAST_GROUP or shape[1] % group):
+        return None
+    if parts["scale"].shape[0] and shape[0] % parts["scale"].shape[0]:
+        return None
+    low = -(1 << codes.bits - 1) if codes.dtype.startswith(("i", "<i")) else 0
+    count = 1 << codes.bits  # also those that no encoder writes
+    planes, each = 1, 1.0
+    if grid.name in ("scaled", "augmented"):
+        numbers = minifloat.numbers(params["element"])
+        if not has_steps(numbers) or dtype_of(codes.dtype).itemsize > 1:
+            return None
+        each, low = unit(numbers), 0
+        steps = tuple(number_steps(params["element"]).tolist())
+    elif grid.name == "hif4":
+        each = unit(minifloat.numbers(params["element"])) if has_steps(minifloat.numbers(params["element"])) else 0.0
+        steps = tuple((4 * number_steps(params["element"])).tolist()) if each else ()
+    elif grid.name == "affine_zero":
+        steps = (-(1 << codes.bits) + 1, (1 << codes.bits) - 1)
+        if low or parts["zero"].bits > codes.bits or codes.bits > 8 or parts["zero"].share != scale.share:
+            return None
+    else:
+        spelling = SPELLINGS.get(grid.name)
+        if spelling is None:
+            return None
+        ratio = params.pop("ratio", 0)
+        known = spelling.steps(low, count, **params)
+        if any(s != int(s) for s in known) or type(ratio) is not int or ratio < 0:
+            return None
+        steps = tuple(int(s) for s in known)
+        planes = params.get("count", codes.shape[1]) if spelling.plane_axis else 1
+    if not steps or not each or max(map(abs, steps)) > MOST_STEP:
+        return None
+    plus = max((a.plus for a in layout.axes if a.of == "cols" and a.per == 1), default=0)
+    single = grid.name in PLAIN and grid.name != "affine_zero"
+    if low and single:  # codes in two's complement: the order of their bytes
+        steps = steps[-low:] + steps[:-low]
+    return Meaning(steps if single else (), each, planes, group, shape[1] + plus)
+
+
+def _group(layout: Layout, shape: Shape) -> int:
+    """Columns that share a scale; 0 if all of a row do, in a weight of any width."""
+    (axis, share), *_ = [
+        (a, s) for a, s in zip(layout.axes, layout.fit(*shape).parts["scale"].share, strict=True) if a.of == "cols" and a.per * a.extent({"cols": shape[1]}) >= shape[1]
+    ]
+    group = share * axis.per
+    if group < shape[1]:
+        return group
+    block = layout.block["cols"]
+    wider = layout.fit(shape[0], shape[1] + block).parts["scale"].share[layout.axes.index(axis)] * axis.per
+    return group if wider == group else 0
+
+
+# ---------------------------------------------------------------- numbers of a tensor
+
+
+def weight_scales(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> Floats:
+    """What multiplies the steps of each row, plane and group: (rows, planes, groups) float32."""
+    grid, params = layout.grid, dict(layout.grid.params)
+    rows = shape[0]
+    with np.errstate(all="ignore"):
+        if grid.name == "table":
+            found = np.ldexp(F32(1), parts["scale"].astype(np.int32) - params["exponent"])
+            found = found.reshape(len(found), 1, -1)
+        elif grid.name in ("scaled", "augmented", "hif4"):
+            stored = {name: parts[name].reshape(parts[name].shape[:2]) for name in ("scale", "global_scale") if name in parts}
+            found = _by_expert(stored, params)[:, None]
+        elif grid.name == "affine_zero":
+            found = parts["scale"].astype(F32)[:, None]
+        else:
+            found = scales(parts["scale"], of.planes, SPELLINGS[grid.name], params.get("ratio", 0))
+            found = F32(1) / found if grid.name == "quotient" else found
+    return np.repeat(found, rows // max(1, len(found)), 0)
+
+
+def _by_expert(stored: dict[str, Array], params: dict[str, str]) -> Floats:
+    """`scale_numbers`, where the scale of a tensor may be one for each of several experts."""
+    whole = stored.get("global_scale")
+    if whole is not None and len(whole) > 1:
+        stored = stored | {"scale": np.repeat(stored["scale"], max(1, len(whole) // max(1, len(stored["scale"]))), 0)}
+        stored["global_scale"] = np.repeat(whole, len(stored["scale"]) // len(whole), 0)
+    return scale_numbers(stored, params["scale"], params.get("global_scale", ""))
+
+
+def weight_steps(layout: Layout, parts: Arrays) -> npt.NDArray[np.int16]:
+    """(rows, planes, stored columns) int16."""
+    grid, params = layout.grid, dict(layout.grid.params)
+    codes = parts["codes"]
+    if grid.name == "hif4":
+        found = number_steps(params["element"])[codes]
+        for name, each in (("shift8", 8), ("shift4", 4)):
+            found = found << np.repeat(parts[name].astype(np.int64), each, 1)
+        return found.astype(np.int16)[:, None]
+    if grid.name == "affine_zero":
+        zero = parts["zero"].astype(np.int16)
+        zero = np.repeat(np.repeat(zero, len(codes) // max(1, len(zero)), 0), codes.shape[1] // max(1, zero.shape[1]), 1)
+        return (codes.astype(np.int16) - zero)[:, None]
+    if grid.name == "augmented":
+        flat = codes.reshape(codes.shape[:2])
+        return number_steps(params["element"]).astype(np.int16)[flat][:, None]
+    params.pop("ratio", 0)
+    trimmed = codes.reshape(codes.shape[:2]) if grid.name in PLAIN - {"planes"} else codes
+    return SPELLINGS[grid.name].read(trimmed, **params).astype(np.int16)
+
+
+def sources(layout: Layout, shape: Shape, parts: Arrays) -> npt.NDArray[np.int64] | None:
+    """Which activation each stored column meets, -1 for none; None if each meets its own.
+
+    Raises
+    ------
+    LayoutError
+        If a permutation does not name each column once.
+    """
+    found: npt.NDArray[np.int64] | None = None
+    if "perm" in parts:
+        found = parts["perm"].reshape(-1).astype(np.int64)
+        if not np.array_equal(np.sort(found), np.arange(shape[1])):
+            raise LayoutError(f"{layout.name}: perm does not name each of {shape[1]} columns once")
+    if layout.grid.name == "augmented":
+        stored = shape[1] + max(a.plus for a in layout.axes)
+        kept = first_copies(stored, layout.grid["residual"], layout.grid["group"])
+        spread = np.full(stored, -1, np.int64)
+        spread[kept] = np.arange(shape[1]) if found is None else found
+        found = spread
+    return found
+
+
+def replaced(layout: Layout, shape: Shape, parts: Arrays) -> tuple[npt.NDArray[np.int64], Floats] | None:
+    """Columns that stand beside the codes, and their numbers (rows, n) float32; None if there are none.
+
+    Of a column that is named twice the last counts, as in decoding.
+    """
+    if "columns" not in parts:
+        return None
+    columns = parts["columns"].reshape(-1).astype(np.int64)
+    if columns.size and int(columns.max()) >= shape[1]:
+        raise LayoutError(f"columns names column {int(columns.max())} of {shape[1]}")
+    last = {int(c): i for i, c in enumerate(columns)}
+    keep = sorted(last.values())
+    values = parts["column_values"].reshape(shape[0], -1)[:, keep].astype(F32)
+    return columns[keep], np.ascontiguousarray(values)

@@ -1,0 +1,53 @@
+"""Weights made ready for many products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from packfmt import products
+from packfmt.codec import Array, PackedTensor
+from packfmt.layout import Layout
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Prepared:
+    """A weight as its products read it: mostly in its layout's run-time tiling, which holds the same numbers.
+
+    packed : a packed tensor like any other. What is in a tiling can be saved, and used from a memory-mapped file
+        as it lies there: preparing it again costs nothing
+    """
+
+    packed: PackedTensor
+    _product: products.Product = field(repr=False)
+
+    def __repr__(self) -> str:
+        return f"Prepared({self.layout.name}, {self.packed.shape}, {self.nbytes} bytes)"
+
+    @property
+    def layout(self) -> Layout:
+        return self.packed.layout
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all components."""
+        return self.packed.nbytes
+
+    def matmul(self, x: Array, threads: int | None = None) -> npt.NDArray[np.float32]:
+        """`PackedTensor.matmul`, the same bits."""
+        return products.multiply(self._product, x, self.packed.shape[:-1], threads)
+
+
+def prepare(packed: PackedTensor) -> Prepared:
+    """Make a weight ready for many products. Nothing is rounded; the packed tensor may be dropped afterwards.
+
+    Raises
+    ------
+    LayoutError
+        If a component is not what the layout says, or its grid does not fit its parts.
+    """
+    ready = products.product(packed.layout, packed.matrix, packed.components)
+    held = packed if ready.layout is packed.layout else PackedTensor(ready.layout, packed.shape, ready.components, packed.dtype)
+    return Prepared(held, ready)
