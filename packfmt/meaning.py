@@ -108,7 +108,9 @@ def _meaning(layout: Layout, shape: Shape) -> Meaning | None:
 def _group(layout: Layout, shape: Shape) -> int:
     """Columns that share a scale; 0 if all of a row do, in a weight of any width."""
     (axis, share), *_ = [
-        (a, s) for a, s in zip(layout.axes, layout.fit(*shape).parts["scale"].share, strict=True) if a.of == "cols" and a.per * a.extent({"cols": shape[1]}) >= shape[1]
+        (a, s)
+        for a, s in zip(layout.axes, layout.fit(*shape).parts["scale"].share, strict=True)
+        if a.of == "cols" and a.per * a.extent({"cols": shape[1]}) >= shape[1]
     ]
     group = share * axis.per
     if group < shape[1]:
@@ -130,7 +132,9 @@ def weight_scales(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> F
             found = np.ldexp(F32(1), parts["scale"].astype(np.int32) - params["exponent"])
             found = found.reshape(len(found), 1, -1)
         elif grid.name in ("scaled", "augmented", "hif4"):
-            stored = {name: parts[name].reshape(parts[name].shape[:2]) for name in ("scale", "global_scale") if name in parts}
+            stored = {
+                name: parts[name].reshape(parts[name].shape[:2]) for name in ("scale", "global_scale") if name in parts
+            }
             found = _by_expert(stored, params)[:, None]
         elif grid.name == "affine_zero":
             found = parts["scale"].astype(F32)[:, None]
@@ -160,7 +164,9 @@ def weight_steps(layout: Layout, parts: Arrays) -> npt.NDArray[np.int16]:
         return found.astype(np.int16)[:, None]
     if grid.name == "affine_zero":
         zero = parts["zero"].astype(np.int16)
-        zero = np.repeat(np.repeat(zero, len(codes) // max(1, len(zero)), 0), codes.shape[1] // max(1, zero.shape[1]), 1)
+        zero = np.repeat(
+            np.repeat(zero, len(codes) // max(1, len(zero)), 0), codes.shape[1] // max(1, zero.shape[1]), 1
+        )
         return (codes.astype(np.int16) - zero)[:, None]
     if grid.name == "augmented":
         flat = codes.reshape(codes.shape[:2])

@@ -49,5 +49,9 @@ def prepare(packed: PackedTensor) -> Prepared:
         If a component is not what the layout says, or its grid does not fit its parts.
     """
     ready = products.product(packed.layout, packed.matrix, packed.components)
-    held = packed if ready.layout is packed.layout else PackedTensor(ready.layout, packed.shape, ready.components, packed.dtype)
+    held = (
+        packed
+        if ready.layout is packed.layout
+        else PackedTensor(ready.layout, packed.shape, ready.components, packed.dtype)
+    )
     return Prepared(held, ready)

@@ -8,20 +8,25 @@ numbers are decoded and multiplied as float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from math import prod
-from types import ModuleType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import fused, grids, minifloat, placement, tilings
+from packfmt import fused, minifloat, placement, tilings
 from packfmt.errors import LayoutError
-from packfmt.layout import DENSE, Layout, dtype_of
+from packfmt.layout import Layout, dtype_of
 from packfmt.meaning import (
-    BLOCK, Meaning, Shape, meaning, replaced, sources, weight_scales, weight_steps,
+    BLOCK,
+    Meaning,
+    Shape,
+    meaning,
+    replaced,
+    sources,
+    weight_scales,
+    weight_steps,
 )  # fmt: skip
 from packfmt.placement import Array, Arrays
 from packfmt.spellings import SPELLINGS
@@ -82,16 +87,16 @@ def _tile_parts(layout: Layout, shape: Shape, components: Arrays, tile: Tile) ->
         codes = spell.read_fives(np.ascontiguousarray(codes)).astype(np.uint8)
     elif layout.grid.name == "hif4":
         codes = weight_steps(layout, parts).astype(np.int8)
-    elif not of.steps and layout.grid.name not in ("affine_zero", "quads"):
-        codes = (weight_steps(layout, parts) + 1).astype(np.uint8)
-    elif layout.grid.name == "quads" and target.name != "quads":
+    elif (not of.steps and layout.grid.name not in ("affine_zero", "quads")) or (layout.grid.name == "quads" and target.name != "quads"):
         codes = (weight_steps(layout, parts) + 1).astype(np.uint8)
     out["codes"] = codes.reshape(wanted["codes"].shape)
     out["scale"] = _tile_scales(layout, shape, parts, of, tile)
     if "zero" in wanted:
         out["zero"] = _shared(parts["zero"], wanted["zero"].shape)
     if "global_scale" in wanted:
-        out["global_scale"] = _shared(parts["global_scale"].reshape(-1, 1), (wanted["global_scale"].shape[0], 1)).reshape(wanted["global_scale"].shape)
+        out["global_scale"] = _shared(
+            parts["global_scale"].reshape(-1, 1), (wanted["global_scale"].shape[0], 1)
+        ).reshape(wanted["global_scale"].shape)
     return out
 
 
@@ -252,7 +257,9 @@ def _plain(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> Multiply
 
     steps, scale = weight_steps(layout, parts), weight_scales(layout, shape, parts, of)
     group = of.group or of.cols
-    ends = np.array([e for g in range(0, of.cols, group) for e in (*range(g + BLOCK, g + group, BLOCK), g + group)], np.int32)
+    ends = np.array(
+        [e for g in range(0, of.cols, group) for e in (*range(g + BLOCK, g + group, BLOCK), g + group)], np.int32
+    )
     which = (ends - 1) // np.int32(group)
     source = sources(layout, shape, parts)
     order = activations.arrange(shape[1], ends, None if source is None else source.astype(np.int32))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -78,3 +80,154 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch) -> None:  # type: 
     child.start()
     child.join(30)
     assert child.exitcode == 0
+
+
+def test_shared_work_runs_in_as_many_threads_at_once_as_are_asked_for(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("PACKFMT_THREADS", "5")
+    for most in (1, 2, 5):
+        barrier, names = threading.Barrier(most), []
+
+        def work(barrier: threading.Barrier = barrier, names: list[int] = names) -> None:
+            barrier.wait(30)  # broken, and an error, unless all of them come
+            names.append(threading.get_ident())
+
+        threads.share(work, most)
+        assert len(set(names)) == len(names) == most
+        assert threading.get_ident() in names
+
+
+def test_shared_work_is_never_called_by_more_than_the_threads_there_are(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("PACKFMT_THREADS", "3")
+    lock, here, seen = threading.Lock(), [0], []
+
+    def work() -> None:
+        with lock:
+            here[0] += 1
+            seen.append(here[0])
+        time.sleep(0.001)
+        with lock:
+            here[0] -= 1
+
+    for _ in range(50):
+        threads.share(work, 100)
+    assert max(seen) <= 3
+    assert here == [0]  # and nobody is left behind
+
+
+def test_no_call_waits_for_helpers_that_others_keep(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("PACKFMT_THREADS", "2")
+    kept, go = threading.Barrier(3), threading.Event()
+
+    def keep() -> None:
+        kept.wait(30)
+        go.wait(30)
+
+    keeper = threading.Thread(target=threads.share, args=(keep, 2))
+    keeper.start()
+    kept.wait(30)  # the only helper now waits for `go`
+    called: list[int] = []
+    threads.share(lambda: called.append(threading.get_ident()), 2)
+    assert covered(10) == [(0, 5), (5, 10)]
+    assert called == [threading.get_ident()]
+    go.set()
+    keeper.join(30)
+    assert not keeper.is_alive()
+
+
+def test_work_within_shared_work_is_called_once(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("PACKFMT_THREADS", "3")
+    barrier = threading.Barrier(3)
+    outer: list[int] = []
+    inner: list[tuple[int, int]] = []
+
+    def work() -> None:
+        barrier.wait(30)
+        threads.share(lambda: outer.append(threading.get_ident()), 3)
+        inner.extend(covered(9))
+
+    threads.share(work, 3)
+    assert len(outer) == len(set(outer)) == 3
+    assert inner == [(0, 9)] * 3
+
+
+@pytest.mark.parametrize("failing", ["caller", "helper"])
+def test_what_shared_work_raises_arrives_when_all_calls_are_done(failing: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("PACKFMT_THREADS", "3")
+    barrier, ended = threading.Barrier(3), []
+    caller = threading.get_ident()
+
+    def work() -> None:
+        if barrier.wait(30) >= 0 and (threading.get_ident() == caller) == (failing == "caller"):
+            raise KeyError(failing)
+        time.sleep(0.01)
+        ended.append(1)
+
+    with pytest.raises(KeyError, match=failing):
+        threads.share(work, 3)
+    assert len(ended) == (2 if failing == "caller" else 1)
+
+
+def test_what_was_worked_on_is_let_go(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("PACKFMT_THREADS", "3")
+    barrier = threading.Barrier(3)
+
+    class Room:
+        def work(self) -> None:
+            barrier.wait(30)
+
+    room = Room()
+    seen = weakref.ref(room)
+    threads.share(room.work, 3)
+    del room
+    for _ in range(1000):  # helpers drop it a moment after they are done
+        if seen() is None:
+            break
+        time.sleep(0.01)
+    assert seen() is None
+
+
+def test_a_limit_counts_before_the_environment_and_in_this_thread_only(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("PACKFMT_THREADS", "2")
+    with threads.limit(4):
+        assert threads.count() == len(covered(100)) == 4
+        with threads.limit(None):
+            assert threads.count() == 4
+        with threads.limit(1):
+            assert covered(100) == [(0, 100)]
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(threads.count).result() == 2
+        with pytest.raises(ZeroDivisionError), threads.limit(3):
+            raise ZeroDivisionError
+        assert threads.count() == 4
+    assert threads.count() == 2
+
+
+@pytest.mark.parametrize("asked", [0, -1, 257, 1.0, "2", True, float("nan")])
+def test_a_limit_that_is_none_is_named(asked: object) -> None:
+    with (
+        pytest.raises(PackfmtError, match=r"threads is .*, needs a whole number of 1 to 256"),
+        threads.limit(asked),  # type: ignore[arg-type]
+    ):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_process_forked_within_shared_work_shares_work(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("PACKFMT_THREADS", "2")
+
+    def child() -> None:
+        barrier = threading.Barrier(2)
+        threads.share(lambda: barrier.wait(30) and None, 2)
+
+    def work(start: int, stop: int) -> None:
+        if start:
+            return
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join(60)
+        codes.append(process.exitcode)
+
+    codes: list[int | None] = []
+    threads.spread(work, 2)
+    assert codes == [0]

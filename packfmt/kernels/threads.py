@@ -1,29 +1,68 @@
-"""Share a range of independent work among threads; the loops release the interpreter lock."""
+"""Share independent work among threads; the loops release the interpreter lock.
+
+The caller works too, and begins at once. Helpers are threads that wait for work and stay; one that comes when all is
+done is not waited for. So nothing waits for a helper to be free, and work for no more than microseconds loses little.
+"""
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from queue import SimpleQueue
+from typing import Any
 
 from packfmt.errors import PackfmtError
 
 MOST = 256
 
-_pool = ThreadPoolExecutor(MOST, thread_name_prefix="packfmt")  # starts a thread only when all others are busy
-_here = threading.local()
+_here = threading.local()  # busy: this thread does shared work; limit: the threads that it may use
+
+
+class _Task:
+    """Work for the caller and, at most, so many helpers."""
+
+    def __init__(self, work: Callable[[], None], helpers: int) -> None:
+        self.work: Callable[[], None] | None = work
+        self.helpers = helpers
+        self.places = deque(range(helpers))  # whoever takes the last one is the last to come
+        self.ends: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def help(self) -> None:
+        work = self.work
+        if work and self._enter():
+            self.ends.put(_alone(work))
+
+    def close(self) -> list[BaseException]:
+        """Wait for the helpers that came; what they raised."""
+        came = self.helpers
+        while self._enter():
+            came -= 1
+        self.work = None  # the task may lie in the queue for long, what it works on need not
+        return [error for _ in range(came) if (error := self.ends.get())]
+
+    def _enter(self) -> bool:
+        try:
+            self.places.pop()
+        except IndexError:
+            return False
+        return True
 
 
 def count() -> int:
-    """Threads to use: PACKFMT_THREADS, or the processors this process may run on.
+    """Threads to use: those of `limit`, of PACKFMT_THREADS, or the processors this process may run on.
 
     Raises
     ------
     PackfmtError
         If PACKFMT_THREADS is not a whole number of 1 to 256.
     """
+    if limited := getattr(_here, "limit", 0):
+        return int(limited)
     if asked := os.environ.get("PACKFMT_THREADS"):
         if not asked.isdecimal() or not 1 <= len(asked) <= 3 or not 1 <= int(asked) <= MOST:
             raise PackfmtError(f"PACKFMT_THREADS is {asked!r}, needs a whole number of 1 to {MOST}")
@@ -33,38 +72,121 @@ def count() -> int:
     return min(MOST, os.cpu_count() or 1)
 
 
+@contextmanager
+def limit(threads: int | None) -> Iterator[None]:
+    """What this thread calls inside uses so many threads, whatever PACKFMT_THREADS says; None: as before.
+
+    Raises
+    ------
+    PackfmtError
+        If `threads` is not a whole number of 1 to 256.
+    """
+    before = getattr(_here, "limit", 0)
+    _here.limit = before if threads is None else _checked(threads)
+    try:
+        yield
+    finally:
+        _here.limit = before
+
+
+def share(work: Callable[[], None], most: int) -> None:
+    """Call work() in at most `most` threads at once, the caller's among them; the calls share out the items.
+
+    The caller's own call must do all there is if no other begins: work claims its items one by one. Work within
+    work is called once, by the thread that asks. Returns when all calls have, or then raises what one raised.
+    """
+    helpers = 0 if getattr(_here, "busy", False) else min(count(), most) - 1
+    if helpers < 1:
+        return work()
+    task = _Task(work, helpers)
+    _call(task, helpers)
+    error = _alone(work)
+    for failed in (error, *task.close()):
+        if failed:
+            raise failed
+
+
 def spread(work: Callable[[int, int], None], total: int, least: int = 1) -> None:
     """Call work(start, stop) so that the ranges cover [0, total); each range has `least` items or more.
 
-    The caller takes the first range. Results do not depend on the number of threads as long as
-    every item writes only what is its own. Work that spreads work in turn does it by itself, so no
-    thread ever waits for a place in the pool. Returns, or raises what a range raised, when all are done.
+    There are as many ranges as threads. Results do not depend on their number as long as every item writes only
+    what is its own. Returns, or raises what a range raised, when all are done.
     """
     threads = 1 if getattr(_here, "busy", False) else min(count(), max(1, total // max(1, least)))
     if threads == 1:
         return work(0, total)
-    bounds = [total * i // threads for i in range(threads + 1)]
-    waiting = [_pool.submit(_alone, work, a, b) for a, b in pairwise(bounds[1:])]
+    ranges = deque(pairwise(total * i // threads for i in range(threads + 1)))
+    errors: list[BaseException] = []
+
+    def take() -> None:
+        while True:
+            try:
+                start, stop = ranges.popleft()
+            except IndexError:
+                return
+            try:
+                work(start, stop)
+            except BaseException as error:
+                errors.append(error)
+
+    share(take, threads)
+    if errors:
+        raise errors[0]
+
+
+def _checked(threads: Any) -> int:
     try:
-        _alone(work, bounds[0], bounds[1])
-    finally:
-        wait(waiting)  # what they write to must outlive them
-    for job in waiting:
-        job.result()
+        if not isinstance(threads, bool) and 1 <= operator.index(threads) <= MOST:
+            return operator.index(threads)
+    except TypeError:
+        pass
+    raise PackfmtError(f"threads is {threads!r}, needs a whole number of 1 to {MOST}")
 
 
-def _alone(work: Callable[[int, int], None], start: int, stop: int) -> None:
+def _alone(work: Callable[[], None]) -> BaseException | None:
+    """Call work() in this thread only; what it raised."""
     _here.busy = True
     try:
-        work(start, stop)
+        work()
+    except BaseException as error:
+        return error
     finally:
         _here.busy = False
+    return None
+
+
+def _call(task: _Task, helpers: int) -> None:
+    """Hand the task to so many helpers, of which there may be fewer where the system gives no more threads."""
+    global _started
+    if _started < helpers:
+        with _starting:
+            while _started < helpers:
+                thread = threading.Thread(target=_help, args=(_waiting,), name="packfmt", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    break
+                _started += 1
+    for _ in range(helpers):
+        _waiting.put(task)
+
+
+def _help(waiting: SimpleQueue[_Task]) -> None:
+    while True:
+        waiting.get().help()
 
 
 def _renew() -> None:
-    """A forked process inherits the pool, but none of its threads."""
-    global _pool
-    _pool = ThreadPoolExecutor(MOST, thread_name_prefix="packfmt")
+    """A forked process inherits no threads but its own, which has no part in what the others do."""
+    global _waiting, _starting, _started
+    _here.busy = False
+    _waiting, _starting, _started = SimpleQueue(), threading.Lock(), 0
+
+
+_waiting: SimpleQueue[_Task]
+_starting: threading.Lock
+_started: int
+_renew()
 
 
 if hasattr(os, "register_at_fork"):
