@@ -115,8 +115,8 @@ def _group(layout: Layout, shape: Shape) -> int:
     group = share * axis.per
     if group < shape[1]:
         return group
-    block = layout.block["cols"]
-    wider = layout.fit(shape[0], shape[1] + block).parts["scale"].share[layout.axes.index(axis)] * axis.per
+    more = layout.block["cols"] * BLOCK  # beyond what padding hides
+    wider = layout.fit(shape[0], shape[1] + more).parts["scale"].share[layout.axes.index(axis)] * axis.per
     return group if wider == group else 0
 
 

@@ -15,9 +15,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import fused, minifloat, placement, tilings
+from packfmt import fused, placement, tilings
 from packfmt.errors import LayoutError
-from packfmt.layout import Layout, dtype_of
+from packfmt.layout import Layout
 from packfmt.meaning import (
     BLOCK,
     Meaning,
@@ -29,106 +29,13 @@ from packfmt.meaning import (
     weight_steps,
 )  # fmt: skip
 from packfmt.placement import Array, Arrays
-from packfmt.spellings import SPELLINGS
+from packfmt.retiling import retile
 from packfmt.tilings import LANES, Tile
 
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
 Multiply = Callable[[Floats, Floats], None]  # (batch, cols) -> (batch, rows)
 FP8: Final = ("float8_e4m3fn", "float8_e5m2")
-
-
-# ---------------------------------------------------------------- components of a tiling
-
-
-def retile(layout: Layout, shape: Shape, components: Arrays) -> tuple[Layout, dict[str, Array]] | None:
-    """The same numbers in the layout's run-time tiling; None if it has none.
-
-    Raises
-    ------
-    LayoutError
-        If a component is not what the layout says.
-    """
-    found = _kernel_tile(layout, shape)
-    if found is None:
-        return None
-    if _is_tile(layout, found):
-        return layout, dict(components)
-    return found.layout, placement.pack(found.layout, shape, _tile_parts(layout, shape, components, found))
-
-
-def _is_tile(layout: Layout, found: Tile) -> bool:
-    a, b = layout, found.layout
-    return (a.components, a.grid, a.axes, a.hadamard) == (b.components, b.grid, b.axes, b.hadamard)
-
-
-def _kernel_tile(layout: Layout, shape: Shape) -> Tile | None:
-    """The layout's tiling, if there is a kernel for it."""
-    from packfmt.kernels import simd, tile_products
-
-    found = tilings.tile(layout, shape)
-    if found is None or simd.INTERPRETED or not shape[0] or not shape[1]:
-        return None
-    return found if tile_products.fits(tile_products.Tiling(*found.how)) else None
-
-
-def _tile_parts(layout: Layout, shape: Shape, components: Arrays, tile: Tile) -> dict[str, Array]:
-    """What the tiling holds, from what the layout holds: codes spelled its way, scales as many as it has."""
-    of = meaning(layout, shape)
-    assert of is not None
-    parts = placement.unpack(layout, shape, components)
-    wanted = tile.layout.fit(*shape).parts
-    out = {name: parts[name] for name in wanted if name in parts}
-    target = tile.layout.grid
-    codes = parts["codes"]
-    if target.name == "quads" and layout.grid.name == "quads_in_fives":
-        from packfmt.kernels import spell
-
-        codes = spell.read_fives(np.ascontiguousarray(codes)).astype(np.uint8)
-    elif layout.grid.name == "hif4":
-        codes = weight_steps(layout, parts).astype(np.int8)
-    elif (not of.steps and layout.grid.name not in ("affine_zero", "quads")) or (layout.grid.name == "quads" and target.name != "quads"):
-        codes = (weight_steps(layout, parts) + 1).astype(np.uint8)
-    out["codes"] = codes.reshape(wanted["codes"].shape)
-    out["scale"] = _tile_scales(layout, shape, parts, of, tile)
-    if "zero" in wanted:
-        out["zero"] = _shared(parts["zero"], wanted["zero"].shape)
-    if "global_scale" in wanted:
-        out["global_scale"] = _shared(
-            parts["global_scale"].reshape(-1, 1), (wanted["global_scale"].shape[0], 1)
-        ).reshape(wanted["global_scale"].shape)
-    return out
-
-
-def _tile_scales(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile) -> Array:
-    """Scales as they are stored, or the same numbers in the tile's dtype; one for each row and block."""
-    wanted = tile.layout.fit(*shape).parts["scale"]
-    grid, params = layout.grid, dict(layout.grid.params)
-    dtype = dtype_of(wanted.dtype)
-    stored = parts["scale"]
-    named = params.get("scale", "") if grid.name in ("scaled", "augmented", "hif4") else ""
-    with np.errstate(over="ignore"):
-        if params.get("ratio"):
-            from packfmt.spellings import scales
-
-            stored = scales(stored, of.planes, SPELLINGS[grid.name], params["ratio"])
-        elif named and dict(tile.layout.grid.params).get("scale") != named:
-            stored = minifloat.numbers(named)[stored].astype(dtype)
-        elif stored.dtype != dtype:
-            stored = stored.astype(F32).astype(dtype)
-    planes = [of.planes] if tile.layout.grid.name == "planes" else []
-    squeezed = stored.reshape(stored.shape[0], *planes, -1)
-    rows, *_, groups = squeezed.shape
-    many = wanted.shape[1 + len(planes)]
-    out = np.repeat(np.repeat(squeezed, shape[0] // max(1, rows), 0), many // max(1, groups), -1)
-    return out.reshape(wanted.shape)
-
-
-def _shared(part: Array, shape: tuple[int, ...]) -> Array:
-    """A part with one element where several positions of the tile share it."""
-    for i, n in enumerate(shape):
-        part = np.repeat(part, n // max(1, part.shape[i]), i)
-    return part
 
 
 # ---------------------------------------------------------------- products

@@ -76,7 +76,8 @@ class Tile:
     table : (128,) uint8, what the kernel looks codes up in
     bias : what the looked-up numbers have in excess of steps
     exponent, nan : of scales that are powers of two: the byte that is one, and whether 255 is no number
-    moved : whether the storage layout's codes are the tile's but for the order of dwords
+    run : steps along the codes' columns after which their order repeats
+    moved : whether a row of the storage layout has the bytes of the tile's runs
     """
 
     layout: Layout
@@ -87,7 +88,13 @@ class Tile:
     exponent: int
     nan: bool
     unit: float
+    run: int
     moved: bool
+
+
+def same(layout: Layout, tiled: Layout) -> bool:
+    """Whether a layout is a tiling already, whatever it is called."""
+    return (layout.components, layout.grid, layout.axes) == (tiled.components, tiled.grid, tiled.axes)
 
 
 @lru_cache(maxsize=256)
@@ -130,7 +137,7 @@ def tile(layout: Layout, shape: Shape) -> Tile | None:
     )  # fmt: skip
     powers = layout.grid.name == "table"
     return Tile(
-        made, how, order, held.table, held.bias, params["exponent"] if powers else 127, not powers, of.unit, held.moved
+        made, how, order, held.table, held.bias, params["exponent"] if powers else 127, not powers, of.unit, held.steps, held.moved
     )
 
 

@@ -1,0 +1,192 @@
+"""Bring a packed tensor into its run-time tiling: the same numbers, nothing rounded.
+
+Most layouts have in their rows the bytes that the tiling has in its lanes; these are moved as memory is read. Other
+codes are read, one a byte, and written as the tiling's. The result is what `placement.pack` makes of the tiling's
+description, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from math import prod
+
+import numpy as np
+
+from packfmt import minifloat, placement, tilings
+from packfmt.layout import BIT, WORD, Component, Layout, Member, Placed, dtype_of
+from packfmt.meaning import Meaning, Shape, meaning, weight_steps
+from packfmt.placement import Array, Arrays
+from packfmt.spellings import F32, SPELLINGS, scales
+from packfmt.tilings import CODES, LANES, Tile
+
+Dense = dict[str, Array]
+
+
+def retile(layout: Layout, shape: Shape, components: Arrays) -> tuple[Layout, Arrays] | None:
+    """The same numbers in the layout's tiling; None if it has none, or there is no kernel for it.
+
+    Raises
+    ------
+    LayoutError
+        If a component is not what the layout says, or its grid does not fit its parts.
+    """
+    from packfmt.kernels import simd, tile_products
+
+    found = tilings.tile(layout, shape)
+    if found is None or simd.INTERPRETED or not tile_products.fits(tile_products.Tiling(*found.how)):
+        return None
+    if tilings.same(layout, found.layout):
+        return layout, components
+    return found.layout, _tiled(layout, shape, components, found)
+
+
+def _tiled(layout: Layout, shape: Shape, components: Arrays, tile: Tile) -> Dense:
+    from packfmt.kernels import pages, retile
+
+    of = meaning(layout, shape)
+    assert of is not None
+    fitted = tile.layout.fit(*shape)
+    out: Dense = {c.name: pages.empty(c.nbytes).view(dtype_of(c.dtype)).reshape(c.shape) for c in fitted.components}
+    moves = list(_moves(layout, shape, tile))
+    moved = frozenset(part for _, part, *_ in moves)
+    parts = placement.unpack(layout, shape, components, moved)  # and the check of what is moved
+    for name in {component for component, *_ in moves}:
+        source = np.ascontiguousarray(components[name]).view(np.uint8).reshape(shape[0], -1)
+        mine = (move[1:] for move in moves if move[0] == name)
+        retile.retile(source, *(retile.Move(_bytes(out[part]), *numbers) for part, *numbers in mine))
+    if "codes" not in moved:
+        _write_codes(_codes(layout, tile, parts).reshape(fitted.parts["codes"].shape), tile, out)
+    values: Dense = {}
+    if "scale" not in moved:
+        values["scale"] = _scales(layout, shape, parts, of, tile)
+    if "zero" in parts:
+        values["zero"] = _spread(parts["zero"], fitted.parts["zero"].shape)
+    for name, array in values.items():
+        rows = np.ascontiguousarray(array).reshape(shape[0], -1)
+        size = rows.itemsize
+        retile.interleave_values(rows.view(np.uint8), _bytes(out[name]), 0, size, rows.shape[1], size)
+    rest = tuple(c for c in tile.layout.components if c.name not in (*CODES, "scale", "zero"))
+    if rest:
+        wanted = {m.name: fitted.parts[m.name].shape for c in rest if isinstance(c, Component) for m in c.cell}
+        others = {name: _spread(parts[name], found) for name, found in wanted.items()}
+        out |= placement.pack(replace(tile.layout, components=rest), shape, others)
+    return out
+
+
+def _bytes(array: Array) -> Array:
+    return array.reshape(-1).view(np.uint8)
+
+
+# ---------------------------------------------------------------- bytes that move
+
+
+def _moves(layout: Layout, shape: Shape, tile: Tile) -> Iterator[tuple[str, str, int, int, int, int, int]]:
+    """What lies in the layout's rows as in the tile's lanes: (component, part, and the numbers of a `retile.Move`)."""
+    target = {c.name: c for c in tile.layout.fit(*shape).components}
+    groups = -(-shape[0] // LANES)
+    for c in layout.fit(*shape).components:
+        for m in c.members:
+            if m.part not in ("codes", "scale") or (m.part == "codes" and not tile.moved):
+                continue
+            if m.part == "scale" and not _same_scales(layout, shape, tile):
+                continue
+            cells = prod(d.size for d in c.over[1:])
+            each = m.word * m.words
+            size = each * prod(d.size for d in m.units)
+            fits = cells * size * LANES * groups == target[m.part].nbytes
+            record, unit = c.cell_bytes, 4 if m.part == "codes" else each
+            if record == size:  # cells touch
+                size, record, cells = size * cells, size * cells, 1
+            if fits and size % unit == 0 and _row_by_row(c, m, tile):
+                yield c.name, m.part, m.start // 8, size, record, cells, unit
+
+
+def _same_scales(layout: Layout, shape: Shape, tile: Tile) -> bool:
+    """Whether scales keep their bytes."""
+    here, there = (which.fit(*shape).parts["scale"] for which in (layout, tile.layout))
+    names = [dict(which.grid.params).get("scale") for which in (layout, tile.layout)]
+    return here.dtype == there.dtype and names[0] == names[1] and not dict(layout.grid.params).get("ratio")
+
+
+def _row_by_row(c: Placed, m: Member, tile: Tile) -> bool:
+    """Whether a row is one stretch of bytes, in which columns count slowest, then planes, then what makes a run."""
+    if not c.over or (c.over[0].axis, c.over[0].stride) != ("rows", 1):
+        return False
+    rest = [d for d in (*c.over[1:], *m.units) if d.size > 1]
+    if any(d.axis == "rows" for d in (*rest, *m.fields)) or any(d.axis in (WORD, BIT) for d in rest):
+        return False
+    planes = {a.name for a in tile.layout.axes if not a.of}
+    run = tile.run if m.part == "codes" else 0
+    kinds = [1 if d.axis in planes else 0 if d.stride >= run else 2 for d in rest]
+    outer = [d for d, kind in zip(rest, kinds, strict=True) if kind == 0]
+    falling = all(a.stride > b.stride for a, b in pairwise(outer)) and not any(d.reverse for d in outer)
+    return kinds == sorted(kinds) and falling
+
+
+# ---------------------------------------------------------------- codes that are written anew
+
+
+def _codes(layout: Layout, tile: Tile, parts: Arrays) -> Array:
+    """A code for each weight, or quad, as the tile's grid has them."""
+    name, target, codes = layout.grid.name, tile.layout.grid.name, parts["codes"]
+    if name == "quads_in_fives" and target == "quads":
+        from packfmt.kernels import spell
+
+        return spell.read_fives(np.ascontiguousarray(codes)).astype(np.uint8)
+    if name == "hif4":
+        return weight_steps(layout, parts).astype(np.int8)
+    if name == target or target in (name, "affine_zero") or dict(tile.layout.grid.params).keys() == dict(layout.grid.params).keys():
+        return codes
+    return (weight_steps(layout, parts) + 1).astype(np.uint8)
+
+
+def _write_codes(codes: Array, tile: Tile, out: Dense) -> None:
+    """The tile's strings of codes from one code a byte."""
+    from packfmt.kernels import retile
+
+    planes = codes.shape[1] if tile.layout.grid.name == "planes" else 1
+    rows = len(codes)
+    flat = codes.view(np.uint8).reshape(rows, planes, -1)
+    per = 4 if tile.how.codes == "quads" else 1
+    missing = len(tile.order) // per - flat.shape[2]
+    if missing:
+        flat = np.pad(flat, ((0, 0), (0, 0), (0, missing)))
+    if tile.how.codes == "quads":
+        return retile.pack_quads(flat[:, 0], _bytes(out[CODES[0]]))
+    period = tile.run
+    runs = np.ascontiguousarray(flat.reshape(rows, planes, -1, period).transpose(0, 2, 1, 3))
+    order = tile.order[:period]
+    if not np.array_equal(order, np.arange(period)):
+        runs = np.ascontiguousarray(runs[..., order])
+    high = _bytes(out[CODES[1]]) if len(tile.how.widths) > 1 else np.zeros(0, np.uint8)
+    retile.pack_planes(runs, _bytes(out[CODES[0]]), high, tile.how.widths)
+
+
+# ---------------------------------------------------------------- scales
+
+
+def _scales(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile) -> Array:
+    """Scales as they are stored, or the same numbers in the tile's dtype; one for each row, block and plane."""
+    wanted = tile.layout.fit(*shape).parts["scale"]
+    params, stored, dtype = dict(layout.grid.params), parts["scale"], dtype_of(wanted.dtype)
+    named = params.get("scale", "")
+    with np.errstate(over="ignore"):
+        if params.get("ratio"):
+            stored = scales(stored, of.planes, SPELLINGS[layout.grid.name], params["ratio"])
+        elif named and dict(tile.layout.grid.params).get("scale") != named:
+            stored = minifloat.numbers(named)[stored].astype(dtype)
+        elif stored.dtype != dtype:
+            stored = stored.astype(F32).astype(dtype)
+    planes = [of.planes] if tile.layout.grid.name == "planes" else []
+    found = _spread(stored.reshape(stored.shape[0], *planes, -1), (shape[0], *planes, wanted.shape[1 + len(planes)]))
+    return np.moveaxis(found, 1, 2) if planes else found  # in the order of the component: blocks, then planes
+
+
+def _spread(part: Array, shape: tuple[int, ...]) -> Array:
+    """A part with one element wherever several positions of the tile share it."""
+    for i, n in enumerate(shape):
+        if n != part.shape[i]:
+            part = np.repeat(part, n // part.shape[i], i)
+    return part
