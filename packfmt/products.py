@@ -139,9 +139,10 @@ def _tiled(tile: Tile, shape: Shape, components: Arrays, beside: Arrays) -> Mult
         number = beside["global_scale"].reshape(-1).astype(F32)
         whole = np.resize(np.repeat(number, shape[0] // len(number)), LANES * groups)
     flat = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in components.items()}
+    codes, high, scale, zero = (flat.get(name, empty) for name in (*tilings.CODES, "scale", "zero"))
     tiles = tile_products.Tiles(
-        tile_products.Tiling(*how), flat["codes"], flat.get("codes_high", empty), flat["scale"], flat.get("zero", empty),
-        whole, tile.table, tile.bias, tile.exponent, tile.nan, F32(tile.unit), groups, len(tile.order),
+        tile_products.Tiling(*how), codes, high, scale, zero, whole,
+        tile.table, tile.bias, tile.exponent, tile.nan, tile.unit, groups, len(tile.order),
     )  # fmt: skip
     source, columns = sources(tile.layout, shape, beside), tile.order
     if source is not None:

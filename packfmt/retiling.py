@@ -57,7 +57,7 @@ def _tiled(layout: Layout, shape: Shape, components: Arrays, tile: Tile) -> Dens
         mine = (move[1:] for move in moves if move[0] == name)
         retile.retile(source, *(retile.Move(_bytes(out[part]), *numbers) for part, *numbers in mine))
     if "codes" not in moved:
-        _write_codes(_codes(layout, tile, parts).reshape(fitted.parts["codes"].shape), tile, out)
+        _write_codes(_codes(layout, shape, tile, parts), tile, out)
     values: Dense = {}
     if "scale" not in moved:
         values["scale"] = _scales(layout, shape, parts, of, tile)
@@ -128,18 +128,17 @@ def _row_by_row(c: Placed, m: Member, tile: Tile) -> bool:
 # ---------------------------------------------------------------- codes that are written anew
 
 
-def _codes(layout: Layout, tile: Tile, parts: Arrays) -> Array:
+def _codes(layout: Layout, shape: Shape, tile: Tile, parts: Arrays) -> Array:
     """A code for each weight, or quad, as the tile's grid has them."""
-    name, target, codes = layout.grid.name, tile.layout.grid.name, parts["codes"]
-    if name == "quads_in_fives" and target == "quads":
+    part = tile.layout.fit(*shape).parts["codes"]
+    found = parts["codes"]
+    if tile.added is not None:
+        found = weight_steps(layout, parts) + np.int16(tile.added)
+    elif layout.grid.name == "quads_in_fives":
         from packfmt.kernels import spell
 
-        return spell.read_fives(np.ascontiguousarray(codes)).astype(np.uint8)
-    if name == "hif4":
-        return weight_steps(layout, parts).astype(np.int8)
-    if name == target or target in (name, "affine_zero") or dict(tile.layout.grid.params).keys() == dict(layout.grid.params).keys():
-        return codes
-    return (weight_steps(layout, parts) + 1).astype(np.uint8)
+        found = spell.read_fives(np.ascontiguousarray(found))
+    return found.astype(dtype_of(part.dtype)).reshape(part.shape)
 
 
 def _write_codes(codes: Array, tile: Tile, out: Dense) -> None:

@@ -77,6 +77,7 @@ class Tile:
     bias : what the looked-up numbers have in excess of steps
     exponent, nan : of scales that are powers of two: the byte that is one, and whether 255 is no number
     run : steps along the codes' columns after which their order repeats
+    added : what is added to a step to make a code, where the tile spells steps anew; else None
     moved : whether a row of the storage layout has the bytes of the tile's runs
     """
 
@@ -89,6 +90,7 @@ class Tile:
     nan: bool
     unit: float
     run: int
+    added: int | None
     moved: bool
 
 
@@ -135,10 +137,9 @@ def tile(layout: Layout, shape: Shape) -> Tile | None:
         held.widths, held.kind, _block(of), of.planes, layout.grid.name == "affine_zero", scale.kind, not of.group,
         str(params.get("global_scale", "")), layout.grid.name == "quotient",
     )  # fmt: skip
-    powers = layout.grid.name == "table"
-    return Tile(
-        made, how, order, held.table, held.bias, params["exponent"] if powers else 127, not powers, of.unit, held.steps, held.moved
-    )
+    exponent, nan = (params["exponent"], False) if layout.grid.name == "table" else (127, True)
+    found = held.table, held.bias, exponent, nan, of.unit, held.steps, held.added, held.moved
+    return Tile(made, how, order, *found)
 
 
 def _block(of: Meaning) -> int:
@@ -194,13 +195,14 @@ class Held:
     per: int = 1
     dtype: str = "u1"
     levels: int = 0
+    added: int | None = None
     moved: bool = False
 
     def components(self, of: Meaning) -> Iterator[Component]:
         lanes = rows(1, LANES)
         if not self.runs:
-            over = (rows(LANES), Digit(self.axis, QUADS), Digit(WORD), lanes)
-            yield Component(CODES[0], over, (Codes("codes", 5, (), (Digit(self.axis, 1, QUADS),), "<u4"),))
+            words = (rows(LANES), Digit(self.axis, QUADS), Digit(WORD), lanes)
+            yield Component(CODES[0], words, (Codes("codes", 5, (), (Digit(self.axis, 1, QUADS),), "<u4"),))
         low = 0
         for name, width, run in zip(CODES, self.widths, self.runs, strict=False):
             over = (rows(LANES), Digit(self.axis, self.steps), *_planes(self.axes), *run.dwords, lanes)
@@ -245,10 +247,10 @@ def _codes(layout: Layout, shape: Shape, of: Meaning) -> Held | None:
     """One code a weight: as the layout has it, or steps spelled so."""
     part = layout.fit(*shape).parts["codes"]
     name, steps, bits, dtype, levels = layout.grid.name, of.steps, part.bits, part.dtype, part.levels
-    axes, spelled, verbatim = layout.axes, layout.grid, True
+    axes, spelled, added = layout.axes, layout.grid, None
     if name == "hif4":
         steps, bits, dtype = tuple(np.arange(256).astype(np.uint8).view(np.int8).tolist()), 8, "i1"
-        spelled, verbatim = grid("scaled", element="int8_f2", scale=layout.grid["scale"], global_scale=""), False
+        spelled, added = grid("scaled", element="int8_f2", scale=layout.grid["scale"], global_scale=""), 0
     elif name == "affine_zero":
         steps = tuple(range(1 << bits))
     elif not steps:
@@ -256,7 +258,7 @@ def _codes(layout: Layout, shape: Shape, of: Meaning) -> Held | None:
         planes = axes[1:2] if name.startswith("plane") else ()
         beside = tuple(a for a in axes[1:] if a.of and a.name != "cols" and _met(layout, a.name))
         axes = (axes[0], *planes, Axis("cols", "cols"), *beside)
-        spelled, verbatim = grid("planes", zero=1, ratio=0) if planes else grid("affine", zero=1), False
+        spelled, added = grid("planes", zero=1, ratio=0) if planes else grid("affine", zero=1), 1
     elif name == "planes":
         spelled = grid("planes", zero=layout.grid["zero"], ratio=0)
     if bits not in WIDTHS or len(steps) != 1 << bits or dtype not in ("u1", "i1"):
@@ -268,31 +270,20 @@ def _codes(layout: Layout, shape: Shape, of: Meaning) -> Held | None:
     if _block(of) % chunk:
         return None
     axis = next(a.name for a in axes if a.of == "cols")
-    # Runs of rows with one scale are as short as can be, for the last one is padded; those of planes are blocks.
-    period = _block(of) if of.group or of.planes > 1 else chunk
-    stored = (
-        _as_stored(layout, axis, 0 if period == chunk and not of.group else period)
-        if verbatim and len(widths) == 1
-        else None
-    )
-    runs = (stored[0],) if stored else tuple(_in_order(axis, width, period) for width in widths)
-    period = stored[1] if stored else period
+    # A run of a row that has one scale is as short as can be, for the last is padded; one of planes is a block.
+    short = not of.group and of.planes == 1
+    period = chunk if short else _block(of)
+    stored = _as_stored(layout, axis, 0 if short else period) if added is None and len(widths) == 1 else None
+    if stored:
+        period = stored[1]
+        runs: tuple[Run, ...] = (stored[0],)
+    else:
+        runs = tuple(_in_order(axis, width, period) for width in widths)
+    kind, table, bias = found
     return Held(
-        widths,
-        found[0],
-        axis,
-        axes,
-        spelled,
-        runs,
-        period,
-        runs[0].columns(),
-        *found[1:],
-        bits,
-        1,
-        dtype,
-        levels,
-        stored is not None,
-    )
+        widths, kind, axis, axes, spelled, runs, period, runs[0].columns(), table, bias, bits,
+        dtype=dtype, levels=levels, added=added, moved=stored is not None,
+    )  # fmt: skip
 
 
 def _looked_up(steps: tuple[int, ...], bits: int) -> tuple[str, Table, int] | None:

@@ -1,7 +1,8 @@
 """The import law: who may know whom, and what starting up may load.
 
-    errors <- minifloat, layout <- placement <- spellings <- grids, respelling, fused <- codec
-           <- plan, codecs, exporters <- checkpoint <- verify <- conversion <- hub, cli
+    errors <- minifloat, layout <- placement <- spellings <- grids, respelling, fused
+           <- meaning <- tilings <- retiling <- products <- codec
+           <- prepared, plan, codecs, exporters <- checkpoint <- verify <- conversion <- hub, bench, cli
 
 Imports inside functions count; those under `if TYPE_CHECKING` do not.
 """
@@ -29,18 +30,24 @@ LAW = {
     "grids": "layout minifloat placement spellings kernels",
     "respelling": "layout minifloat placement spellings grids",
     "fused": "layout minifloat placement grids kernels",
-    "codec": "layout placement grids respelling fused kernels",
+    "meaning": "layout minifloat placement spellings grids respelling",
+    "tilings": "layout minifloat meaning",
+    "retiling": "layout minifloat placement spellings meaning tilings kernels",
+    "products": "layout placement fused meaning tilings retiling kernels",
+    "codec": "layout placement grids respelling fused products kernels",
+    "prepared": "layout codec products",
     "plan": "layout codec",
     "codecs": "layout minifloat spellings grids codec kernels",
     "exporters": "layout codec plan",
     "checkpoint": "layout placement grids codec plan codecs exporters",
     "verify": "layout placement grids codec plan codecs exporters checkpoint kernels",
     "conversion": "layout placement grids codec plan codecs exporters checkpoint kernels verify",
+    "bench": "layout codec codecs prepared kernels",
     "hub": "layout codec plan codecs exporters checkpoint conversion verify",
     "demo": "layout grids codec plan codecs exporters checkpoint conversion verify",
-    "cli": "layout grids codec plan codecs exporters checkpoint conversion verify hub demo",
+    "cli": "layout grids codec plan codecs exporters checkpoint conversion verify hub demo bench",
     "__main__": "cli",
-    "": "layout grids codec plan codecs exporters checkpoint conversion verify hub kernels",
+    "": "layout grids codec plan codecs exporters checkpoint conversion verify hub prepared kernels",
 }
 # what comes from outside -> the rooms that may import it
 ONLY_IN = {
