@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
+from typing import Final
 
 import numpy as np
 
-from packfmt import minifloat, placement, tilings
+from packfmt import fused, minifloat, placement, tilings
 from packfmt.layout import BIT, WORD, Component, Layout, Member, Placed, dtype_of
 from packfmt.meaning import Meaning, Shape, meaning, weight_steps
 from packfmt.placement import Array, Arrays
@@ -22,6 +23,10 @@ from packfmt.spellings import F32, SPELLINGS, scales
 from packfmt.tilings import CODES, LANES, Tile
 
 Dense = dict[str, Array]
+
+STRIP: Final = 1 << 17  # codes that are read at a time
+READ: Final = ("affine", "affine_zero", "quotient", "levels", "table", "scaled", "quads", "base3")  # one code a byte
+NONE: Final = np.zeros(0, np.uint8)
 
 
 def retile(layout: Layout, shape: Shape, components: Arrays) -> tuple[Layout, Arrays] | None:
@@ -51,13 +56,20 @@ def _tiled(layout: Layout, shape: Shape, components: Arrays, tile: Tile) -> Dens
     out: Dense = {c.name: pages.empty(c.nbytes).view(dtype_of(c.dtype)).reshape(c.shape) for c in fitted.components}
     moves = list(_moves(layout, shape, tile))
     moved = frozenset(part for _, part, *_ in moves)
-    parts = placement.unpack(layout, shape, components, moved)  # and the check of what is moved
+    reader = fused.reader(layout) if "codes" not in moved and tile.added in (None, 1) else None
+    read = reader(shape, components) if reader else None
+    if read and layout.grid.name not in READ:
+        read = None
+    done = moved | {"codes"} if read else moved
+    parts = placement.unpack(layout, shape, components, done)  # and the check of what is moved
     for name in {component for component, *_ in moves}:
         source = np.ascontiguousarray(components[name]).view(np.uint8).reshape(shape[0], -1)
         mine = (move[1:] for move in moves if move[0] == name)
         retile.retile(source, *(retile.Move(_bytes(out[part]), *numbers) for part, *numbers in mine))
-    if "codes" not in moved:
-        _write_codes(_codes(layout, shape, tile, parts), tile, out)
+    if read:
+        _write_strips(read, shape[0], tile, out)
+    elif "codes" not in moved:
+        _write_codes(_codes(layout, shape, tile, parts), tile, [_bytes(out[name]) for name in CODES if name in out])
     values: Dense = {}
     if "scale" not in moved:
         values["scale"] = _scales(layout, shape, parts, of, tile)
@@ -141,26 +153,38 @@ def _codes(layout: Layout, shape: Shape, tile: Tile, parts: Arrays) -> Array:
     return found.astype(dtype_of(part.dtype)).reshape(part.shape)
 
 
-def _write_codes(codes: Array, tile: Tile, out: Dense) -> None:
+def _write_strips(read: fused.Reader, rows: int, tile: Tile, out: Dense) -> None:
+    """Read codes and write them, a strip of rows at a time, which stays in the cache."""
+    from packfmt.kernels import threads
+
+    groups = -(-rows // LANES)
+    strings = [_bytes(out[name]).reshape(groups, -1) for name in CODES if name in out]
+    step = max(1, STRIP // (LANES * len(tile.order)))
+
+    def work(start: int, stop: int) -> None:
+        for first in range(start, stop, step):
+            end = min(stop, first + step)
+            codes = read(LANES * first, min(rows, LANES * end))
+            _write_codes(codes, tile, [string[first:end].reshape(-1) for string in strings])
+
+    threads.spread(work, groups, step)
+
+
+def _write_codes(codes: Array, tile: Tile, strings: list[Array]) -> None:
     """The tile's strings of codes from one code a byte."""
     from packfmt.kernels import retile
 
-    planes = codes.shape[1] if tile.layout.grid.name == "planes" else 1
-    rows = len(codes)
-    flat = codes.view(np.uint8).reshape(rows, planes, -1)
-    per = 4 if tile.how.codes == "quads" else 1
-    missing = len(tile.order) // per - flat.shape[2]
-    if missing:
+    rows, per = len(codes), 4 if tile.how.codes == "quads" else 1
+    flat = codes.view(np.uint8).reshape(rows, tile.how.planes, -1)
+    if missing := len(tile.order) // per - flat.shape[2]:
         flat = np.pad(flat, ((0, 0), (0, 0), (0, missing)))
     if tile.how.codes == "quads":
-        return retile.pack_quads(flat[:, 0], _bytes(out[CODES[0]]))
-    period = tile.run
-    runs = np.ascontiguousarray(flat.reshape(rows, planes, -1, period).transpose(0, 2, 1, 3))
-    order = tile.order[:period]
-    if not np.array_equal(order, np.arange(period)):
-        runs = np.ascontiguousarray(runs[..., order])
-    high = _bytes(out[CODES[1]]) if len(tile.how.widths) > 1 else np.zeros(0, np.uint8)
-    retile.pack_planes(runs, _bytes(out[CODES[0]]), high, tile.how.widths)
+        return retile.pack_quads(flat[:, 0], strings[0])
+    runs = flat.reshape(rows, tile.how.planes, -1, tile.run).transpose(0, 2, 1, 3)
+    order = tile.order[: tile.run]
+    if not np.array_equal(order, np.arange(tile.run)):  # the bytes of other rows of this layout were moved
+        runs = runs[..., order]
+    retile.pack_planes(runs, strings[0], strings[1] if len(strings) > 1 else NONE, tile.how.widths)
 
 
 # ---------------------------------------------------------------- scales

@@ -32,7 +32,7 @@ LAW = {
     "fused": "layout minifloat placement grids kernels",
     "meaning": "layout minifloat placement spellings grids respelling",
     "tilings": "layout minifloat meaning",
-    "retiling": "layout minifloat placement spellings meaning tilings kernels",
+    "retiling": "layout minifloat placement spellings fused meaning tilings kernels",
     "products": "layout placement fused meaning tilings retiling kernels",
     "codec": "layout placement grids respelling fused products kernels",
     "prepared": "layout codec products",

@@ -170,6 +170,11 @@ def quads(
             _strided_quads(records, places, codes, lanes, stride, scale, out)
 
 
+def codes(records: np.ndarray, places: Places, out: np.ndarray) -> None:
+    """(rows, row bytes) -> the codes of each row, one a byte: (rows, codes of all cells) uint8."""
+    _codes(records, places, out)
+
+
 def look_up(stored: np.ndarray, size: int, offset: int, count: int, values: np.ndarray) -> np.ndarray:
     """The numbers of bytes: `count` from byte `offset` on of each cell of `size` bytes. On one thread.
 
@@ -192,6 +197,12 @@ def _straight(places: Places, group: int) -> bool:
     """Whether numbers can be written without keeping codes: runs lie side by side, and cells within a group."""
     plain = not len(places.streams) and (places.runs[:, 5] == 1).all() and not places.runs[:, 6].any()
     return bool(plain) and group % places.codes == 0
+
+
+@njit(cache=True, nogil=True)
+def _codes(records, places, out):
+    for row in range(records.shape[0]):
+        _read(records[row], places, out[row])
 
 
 @njit(cache=True, nogil=True)
