@@ -8,7 +8,7 @@ numbers are decoded and multiplied as float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Final
 
@@ -17,17 +17,9 @@ import numpy.typing as npt
 
 from packfmt import fused, placement, tilings
 from packfmt.errors import LayoutError
-from packfmt.layout import Layout
-from packfmt.meaning import (
-    BLOCK,
-    Meaning,
-    Shape,
-    meaning,
-    replaced,
-    sources,
-    weight_scales,
-    weight_steps,
-)  # fmt: skip
+from packfmt.grids import scale_numbers
+from packfmt.layout import Codes, Component, Digit, Layout, Values
+from packfmt.meaning import BESIDE, BLOCK, Meaning, Shape, meaning, replaced, sources, weight_scales, weight_steps
 from packfmt.placement import Array, Arrays
 from packfmt.retiling import retile
 from packfmt.tilings import LANES, Tile
@@ -35,7 +27,7 @@ from packfmt.tilings import LANES, Tile
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
 Multiply = Callable[[Floats, Floats], None]  # (batch, cols) -> (batch, rows)
-FP8: Final = ("float8_e4m3fn", "float8_e5m2")
+NONE: Final = np.zeros(0, F32)
 
 
 # ---------------------------------------------------------------- products
@@ -88,7 +80,7 @@ def product(layout: Layout, shape: Shape, components: Arrays) -> Product:
         If a component is not what the layout says, or its grid does not fit its parts.
     """
     if (of := meaning(layout, shape)) is None or not shape[0] or not shape[1]:
-        return Product(layout, components, shape, _numbers(layout, shape, components), None)
+        return _numbers(layout, shape, components)
     tiled = retile(layout, shape, components)
     if tiled is None:
         parts = placement.unpack(layout, shape, components)
@@ -179,8 +171,67 @@ def _plain(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> Multiply
     return multiply
 
 
-def _numbers(layout: Layout, shape: Shape, components: Arrays) -> Multiply:
+def _numbers(layout: Layout, shape: Shape, components: Arrays) -> Product:
     """Decoded numbers times float32 activations."""
+    beside = {c.name for c in layout.components if isinstance(c, Component) and {m.name for m in c.cell} <= BESIDE}
+    parts = placement.unpack(layout, shape, components, frozenset(layout.fit(*shape).parts.keys() - BESIDE))
+    stored = layout
+    if beside or layout.hadamard:
+        rest = tuple(c for c in layout.components if c.name not in beside)
+        met = {d.axis for c in rest if isinstance(c, Component) for m in c.cell for d in (*c.over, *_inside(m))}
+        axes = tuple(a for a in layout.axes if a.of == "rows" or a.name in met)
+        stored = replace(layout, components=rest, axes=axes, hadamard=0)
+    source = sources(layout, shape, parts)
+    way = _as_they_are(stored, shape, components) or _decoded(stored, shape, components, source)
+
+    def multiply(x: Floats, out: Floats) -> None:
+        way(x if source is None else np.where(source >= 0, x[:, source], F32(0)), out)
+
+    return Product(layout, components, shape, multiply, replaced(layout, shape, parts))
+
+
+def _inside(m: Codes | Values) -> tuple[Digit, ...]:
+    return (*m.units, *m.fields) if isinstance(m, Codes) else m.digits
+
+
+def _as_they_are(layout: Layout, shape: Shape, components: Arrays) -> Multiply | None:
+    """Numbers that a kernel reads where they lie: floats in row-major order, perhaps with scales."""
     from packfmt.kernels import number_products
 
-    return lambda x, out: number_products.multiply(fused.decode(layout, shape, components), x, out)
+    fitted, rows_cols = layout.fit(*shape), ("rows", "cols")
+    name = "values" if layout.grid.name == "plain" else "codes"
+    for c in fitted.components:
+        lone = (
+            len(c.members) == 1 and c.members[0].part == name and components[c.name].dtype.name in number_products.BYTES
+        )
+        in_order = lone and tuple(d.axis for d in c.over) == rows_cols and all(d.stride == 1 for d in c.over)
+        if in_order and not c.members[0].units:
+            weights = components[c.name].reshape(shape)
+            break
+    else:
+        return None
+    if name == "values":
+        return lambda x, out: number_products.multiply(weights, x, out)
+    parts = placement.unpack(layout, shape, components, frozenset({"codes"}))
+    if layout.grid.name != "scaled" or parts.get("global_scale", NONE).size > 1:
+        return None
+    scale = scale_numbers(parts, layout.grid["scale"], layout.grid["global_scale"])
+    tall, wide = fitted.parts["scale"].share
+    tall, wide = (0 if n == 1 else s for n, s in zip(scale.shape, (tall, wide), strict=True))
+    if wide % 16:
+        return None
+    return lambda x, out: number_products.multiply(weights, x, out, scale, (tall, wide))
+
+
+def _decoded(layout: Layout, shape: Shape, components: Arrays, source: npt.NDArray[np.int64] | None) -> Multiply:
+    from packfmt.kernels import number_products
+
+    def multiply(x: Floats, out: Floats) -> None:
+        weights = fused.decode(layout, shape, components)
+        if source is not None and len(source) > shape[1]:  # decoding leaves copies out
+            every = np.zeros((shape[0], len(source)), F32)
+            every[:, source >= 0] = weights
+            weights = every
+        number_products.multiply(weights, x, out)
+
+    return multiply
