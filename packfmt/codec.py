@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import fused, placement, products, respelling
+from packfmt import fused, placement, products, respelling, retiling
 from packfmt.errors import LayoutError
 from packfmt.layout import DENSE, Layout, dtype_of
 
@@ -119,7 +119,9 @@ class PackedTensor:
         LayoutError
             If the layouts can hold no number in common, or one of this tensor's does not fit.
         """
-        if moves_as_bits(self.layout, layout, self.shape):
+        if retiling.becomes(self.layout, layout, self.matrix):
+            moved = retiling.tiled(self.layout, self.matrix, self.components)
+        elif moves_as_bits(self.layout, layout, self.shape):
             moved = placement.repack(self.layout, layout, self.matrix, self.components)
         else:
             moved = respelling.respell(self.layout, layout, self.matrix, self.components, rounded_reciprocal)
@@ -138,12 +140,17 @@ def moves_as_bits(source: Layout, target: Layout, shape: tuple[int, ...]) -> boo
 
 def why_inexact(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
     """Why repacking must change a number; empty if it is exact, or if the numbers decide (`exact_if`)."""
-    return "" if moves_as_bits(source, target, shape) else respelling.why_not(source, target, matrix(shape))
+    return "" if only_places(source, target, shape) else respelling.why_not(source, target, matrix(shape))
 
 
 def exact_if(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
     """What must be true of the numbers for an exact repacking, in words; empty if nothing."""
-    return "" if moves_as_bits(source, target, shape) else respelling.condition(source, target, matrix(shape))
+    return "" if only_places(source, target, shape) else respelling.condition(source, target, matrix(shape))
+
+
+def only_places(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
+    """Whether all numbers of one layout are numbers of the other, whatever they are."""
+    return retiling.becomes(source, target, matrix(shape)) or moves_as_bits(source, target, shape)
 
 
 def respelled_bytes(source: Layout, target: Layout, shape: tuple[int, ...]) -> int:

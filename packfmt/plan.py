@@ -22,8 +22,8 @@ from packfmt.codec import (
     exact_if,
     is_float,
     matrix,
-    moves_as_bits,
     only_inverts,
+    only_places,
     respelled_bytes,
     same_numbers,
     why_inexact,
@@ -120,7 +120,7 @@ class Step:
         floats = (
             0 if self.action in (KEEP, "repack", RESCALE) else encoding_bytes(self.layout, self.shape, self.lossless)
         )
-        if self.action in ("repack", RESCALE) and not moves_as_bits(self.before, self.layout, self.shape):
+        if self.action in ("repack", RESCALE) and not only_places(self.before, self.layout, self.shape):
             floats = respelled_bytes(self.before, self.layout, self.shape)
         return self.before.nbytes(*matrix(self.shape)) + floats + self.nbytes
 

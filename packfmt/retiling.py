@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from packfmt import fused, minifloat, placement, tilings
+from packfmt.errors import LayoutError
 from packfmt.layout import BIT, WORD, Component, Layout, Member, Placed, dtype_of
 from packfmt.meaning import Meaning, Shape, meaning, weight_steps
 from packfmt.placement import Array, Arrays
@@ -44,47 +45,63 @@ def retile(layout: Layout, shape: Shape, components: Arrays) -> tuple[Layout, Ar
         return None
     if tilings.same(layout, found.layout):
         return layout, components
-    return found.layout, _tiled(layout, shape, components, found)
+    return found.layout, tiled(layout, shape, components)
 
 
-def _tiled(layout: Layout, shape: Shape, components: Arrays, tile: Tile) -> Dense:
+def becomes(layout: Layout, target: Layout, shape: Shape) -> bool:
+    """Whether the target is the layout's tiling."""
+    return (
+        target.name.endswith(tilings.SUFFIX)
+        and (found := tilings.tile(layout, shape)) is not None
+        and found.layout == target
+    )
+
+
+def tiled(layout: Layout, shape: Shape, components: Arrays) -> Dense:
+    """Components of a layout that has a tiling -> those of the tiling.
+
+    Raises
+    ------
+    LayoutError
+        If a component is not what the layout says, its grid does not fit its parts, or it has no tiling.
+    """
     from packfmt.kernels import pages, retile
 
-    of = meaning(layout, shape)
-    assert of is not None
+    of, tile = meaning(layout, shape), tilings.tile(layout, shape)
+    if of is None or tile is None:
+        raise LayoutError(f"{layout.name} has no tiling")
     fitted = tile.layout.fit(*shape)
     out: Dense = {c.name: pages.empty(c.nbytes).view(dtype_of(c.dtype)).reshape(c.shape) for c in fitted.components}
-    moves = list(_moves(layout, shape, tile))
+    moves = list(_moves(layout, shape, tile)) if all(shape) else []
     moved = frozenset(part for _, part, *_ in moves)
-    reader = fused.reader(layout) if "codes" not in moved and tile.added in (None, 1) else None
-    read = reader(shape, components) if reader else None
-    if read and layout.grid.name not in READ:
-        read = None
-    done = moved | {"codes"} if read else moved
-    parts = placement.unpack(layout, shape, components, done)  # and the check of what is moved
-    for name in {component for component, *_ in moves}:
-        source = np.ascontiguousarray(components[name]).view(np.uint8).reshape(shape[0], -1)
-        mine = (move[1:] for move in moves if move[0] == name)
-        retile.retile(source, *(retile.Move(_bytes(out[part]), *numbers) for part, *numbers in mine))
-    if read:
-        _write_strips(read, shape[0], tile, out)
-    elif "codes" not in moved:
-        _write_codes(_codes(layout, shape, tile, parts), tile, [_bytes(out[name]) for name in CODES if name in out])
-    values: Dense = {}
-    if "scale" not in moved:
-        values["scale"] = _scales(layout, shape, parts, of, tile)
-    if "zero" in parts:
-        values["zero"] = _spread(parts["zero"], fitted.parts["zero"].shape)
-    for name, array in values.items():
-        rows = np.ascontiguousarray(array).reshape(shape[0], -1)
-        size = rows.itemsize
-        retile.interleave_values(rows.view(np.uint8), _bytes(out[name]), 0, size, rows.shape[1], size)
+    read = None if "codes" in moved else _reader(layout, shape, components, tile)
+    parts = placement.unpack(layout, shape, components, moved | {"codes"} if read else moved)  # checks all components
+    if all(shape):
+        _move(moves, shape[0], components, out)
+        if read:
+            _write_strips(read, shape[0], tile, out)
+        elif "codes" not in moved:
+            codes = _codes(layout, shape, tile, parts)
+            _write_codes(codes, tile, [_bytes(out[name]) for name in CODES if name in out])
+        values = {} if "scale" in moved else {"scale": _scales(layout, shape, parts, of, tile)}
+        if "zero" in parts:
+            values["zero"] = _spread(parts["zero"], fitted.parts["zero"].shape)
+        for name, array in values.items():
+            rows = np.ascontiguousarray(array).reshape(shape[0], -1)
+            size = rows.itemsize
+            retile.interleave_values(rows.view(np.uint8), _bytes(out[name]), 0, size, rows.shape[1], size)
+    return out | _others(shape, parts, tile)
+
+
+def _others(shape: Shape, parts: Arrays, tile: Tile) -> Dense:
+    """Components of neither codes nor what counts for a block of them."""
     rest = tuple(c for c in tile.layout.components if c.name not in (*CODES, "scale", "zero"))
-    if rest:
-        wanted = {m.name: fitted.parts[m.name].shape for c in rest if isinstance(c, Component) for m in c.cell}
-        others = {name: _spread(parts[name], found) for name, found in wanted.items()}
-        out |= placement.pack(replace(tile.layout, components=rest), shape, others)
-    return out
+    if not rest:
+        return {}
+    fitted = tile.layout.fit(*shape).parts
+    names = {m.name for c in rest if isinstance(c, Component) for m in c.cell}
+    others = {name: _spread(parts[name], fitted[name].shape) for name in names}
+    return placement.pack(replace(tile.layout, components=rest), shape, others)
 
 
 def _bytes(array: Array) -> Array:
@@ -137,7 +154,24 @@ def _row_by_row(c: Placed, m: Member, tile: Tile) -> bool:
     return kinds == sorted(kinds) and falling
 
 
+def _move(moves: list[tuple[str, str, int, int, int, int, int]], rows: int, components: Arrays, out: Dense) -> None:
+    from packfmt.kernels import retile
+
+    for name in {component for component, *_ in moves}:
+        source = np.ascontiguousarray(components[name]).view(np.uint8).reshape(rows, -1)
+        mine = (move[1:] for move in moves if move[0] == name)
+        retile.retile(source, *(retile.Move(_bytes(out[part]), *numbers) for part, *numbers in mine))
+
+
 # ---------------------------------------------------------------- codes that are written anew
+
+
+def _reader(layout: Layout, shape: Shape, components: Arrays, tile: Tile) -> fused.Reader | None:
+    """What reads a code for each weight or quad, as the tile's grid has them; None if no kernel does."""
+    if layout.grid.name not in READ or tile.added not in (None, 1):
+        return None
+    reader = fused.reader(layout)
+    return reader(shape, components) if reader else None
 
 
 def _codes(layout: Layout, shape: Shape, tile: Tile, parts: Arrays) -> Array:
