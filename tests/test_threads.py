@@ -85,7 +85,8 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch) -> None:  # type: 
 def test_shared_work_runs_in_as_many_threads_at_once_as_are_asked_for(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("PACKFMT_THREADS", "5")
     for most in (1, 2, 5):
-        barrier, names = threading.Barrier(most), []
+        barrier = threading.Barrier(most)
+        names: list[int] = []
 
         def work(barrier: threading.Barrier = barrier, names: list[int] = names) -> None:
             barrier.wait(30)  # broken, and an error, unless all of them come
@@ -218,7 +219,11 @@ def test_a_process_forked_within_shared_work_shares_work(monkeypatch) -> None:  
 
     def child() -> None:
         barrier = threading.Barrier(2)
-        threads.share(lambda: barrier.wait(30) and None, 2)
+
+        def meet() -> None:
+            barrier.wait(30)
+
+        threads.share(meet, 2)
 
     def work(start: int, stop: int) -> None:
         if start:

@@ -37,7 +37,7 @@ LAW = {
     "codec": "layout placement grids respelling fused retiling products kernels",
     "prepared": "layout codec products",
     "plan": "layout codec",
-    "codecs": "layout minifloat placement spellings grids tilings retiling codec kernels",
+    "codecs": "layout minifloat placement spellings grids meaning tilings retiling codec kernels",
     "exporters": "layout codec plan",
     "checkpoint": "layout placement grids codec plan codecs exporters",
     "verify": "layout placement grids codec plan codecs exporters checkpoint kernels",

@@ -19,6 +19,7 @@ from packfmt import codecs, placement, retiling, tilings
 from packfmt.codec import Codec
 from packfmt.errors import PlanError
 from packfmt.layout import Layout
+from packfmt.meaning import BLOCK
 
 
 def codec(name: str) -> Codec:
@@ -31,7 +32,7 @@ def codec(name: str) -> Codec:
     """
     base = codecs.get(name.removesuffix(tilings.SUFFIX))
     block = base.layout.block
-    found = tilings.tile(base.layout, (block["rows"], lcm(block["cols"], tilings.BLOCK)))
+    found = tilings.tile(base.layout, (block["rows"], lcm(block["cols"], BLOCK)))
     if found is None:
         raise PlanError(f"{base.layout.name} has no tiling: its products take decoded numbers")
     layout = replace(found.layout, sources=base.layout.sources)

@@ -35,6 +35,9 @@ class _Task:
     def help(self) -> None:
         work = self.work
         if work and self._enter():
+            # waking a thread takes microseconds, so that the caller wakes one, which wakes two, and so on
+            for _ in range(min(2, len(self.places))):
+                _waiting.put(self)
             self.ends.put(_alone(work))
 
     def close(self) -> list[BaseException]:
@@ -99,7 +102,8 @@ def share(work: Callable[[], None], most: int) -> None:
     if helpers < 1:
         return work()
     task = _Task(work, helpers)
-    _call(task, helpers)
+    _have(helpers)
+    _waiting.put(task)
     error = _alone(work)
     for failed in (error, *task.close()):
         if failed:
@@ -155,20 +159,19 @@ def _alone(work: Callable[[], None]) -> BaseException | None:
     return None
 
 
-def _call(task: _Task, helpers: int) -> None:
-    """Hand the task to so many helpers, of which there may be fewer where the system gives no more threads."""
+def _have(helpers: int) -> None:
+    """See to it that there are so many helpers, or as many as the system gives threads."""
     global _started
-    if _started < helpers:
-        with _starting:
-            while _started < helpers:
-                thread = threading.Thread(target=_help, args=(_waiting,), name="packfmt", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    break
-                _started += 1
-    for _ in range(helpers):
-        _waiting.put(task)
+    if _started >= helpers:
+        return
+    with _starting:
+        while _started < helpers:
+            thread = threading.Thread(target=_help, args=(_waiting,), name="packfmt", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                return
+            _started += 1
 
 
 def _help(waiting: SimpleQueue[_Task]) -> None:
