@@ -158,7 +158,7 @@ def reader(layout: Layout) -> Callable[[tuple[int, int], Arrays], Reader | None]
 
         def read(start: int, stop: int) -> Bytes:
             out = np.empty((stop - start, records.shape[1] // places.size * places.codes), np.uint8)
-            _blocks().codes(records[start:stop], places, out)
+            _blocks().read_codes(records[start:stop], places, out)
             return out
 
         return read

@@ -170,9 +170,9 @@ def quads(
             _strided_quads(records, places, codes, lanes, stride, scale, out)
 
 
-def codes(records: np.ndarray, places: Places, out: np.ndarray) -> None:
+def read_codes(records: np.ndarray, places: Places, out: np.ndarray) -> None:
     """(rows, row bytes) -> the codes of each row, one a byte: (rows, codes of all cells) uint8."""
-    _codes(records, places, out)
+    _read_codes(records, places, out)
 
 
 def look_up(stored: np.ndarray, size: int, offset: int, count: int, values: np.ndarray) -> np.ndarray:
@@ -200,7 +200,7 @@ def _straight(places: Places, group: int) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def _codes(records, places, out):
+def _read_codes(records, places, out):
     for row in range(records.shape[0]):
         _read(records[row], places, out[row])
 
