@@ -105,7 +105,7 @@ class PackedTensor:
         PackfmtError
             If `threads` is not a whole number of 1 to 256.
         """
-        ready = products.product(self.layout, self.matrix, self.components)
+        ready = products.product(self.layout, self.matrix, self.components, prod(x.shape[:-1]))
         return products.multiply(ready, x, self.shape[:-1], threads)
 
     def repack(self, layout: Layout, rounded_reciprocal: bool = False) -> PackedTensor:
@@ -119,8 +119,8 @@ class PackedTensor:
         LayoutError
             If the layouts can hold no number in common, or one of this tensor's does not fit.
         """
-        if retiling.becomes(self.layout, layout, self.matrix):
-            moved = retiling.tiled(self.layout, self.matrix, self.components)
+        if (form := retiling.becomes(self.layout, layout, self.matrix)) is not None:
+            moved = retiling.tiled(self.layout, self.matrix, self.components, form)
         elif moves_as_bits(self.layout, layout, self.shape):
             moved = placement.repack(self.layout, layout, self.matrix, self.components)
         else:
@@ -150,7 +150,7 @@ def exact_if(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
 
 def only_places(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
     """Whether all numbers of one layout are numbers of the other, whatever they are."""
-    return retiling.becomes(source, target, matrix(shape)) or moves_as_bits(source, target, shape)
+    return retiling.becomes(source, target, matrix(shape)) is not None or moves_as_bits(source, target, shape)
 
 
 def respelled_bytes(source: Layout, target: Layout, shape: tuple[int, ...]) -> int:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from packfmt import grids, minifloat
 from packfmt.errors import LayoutError
 from packfmt.layout import REST, TOP, Codes, Digit, Layout, Member, Values, dtype_of
-from packfmt.placement import Arrays
+from packfmt.placement import Array, Arrays
 
 if TYPE_CHECKING:
     from packfmt.kernels.blocks import Places
@@ -34,7 +34,7 @@ F32 = np.float32
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
-Decoder = Callable[[tuple[int, int], Arrays, Floats, bool], bool]  # shape, components, out, through
+Decoder = Callable[[tuple[int, int], Arrays, Array, bool], bool]  # shape, components, out, through
 Formula = Callable[..., Any]  # records, places, scale, out -> False if it cannot tell
 Scales = Callable[[int, int], Floats]  # first row, end -> (rows or 1, groups)
 Reader = Callable[[int, int], Bytes]  # first row, end -> (rows, codes)
@@ -55,10 +55,11 @@ PARAMETERS: Final = {
 GLOBAL: Final = {"times": np.multiply, "divides": np.divide}  # what a scale of the whole tensor does to others
 
 
-def decode(layout: Layout, shape: tuple[int, int], components: Arrays, out: Floats | None = None) -> Floats:
+def decode(layout: Layout, shape: tuple[int, int], components: Arrays, out: Array | None = None) -> Array:
     """Components -> (rows, cols) float32, as `grids.decode` gives it, bit for bit.
 
-    out : C-contiguous (rows, cols) float32 to write to, instead of a new array
+    out : C-contiguous (rows, cols) to write to, instead of a new array: float32, or bfloat16, to which the numbers
+        are then rounded, half to even
 
     Raises
     ------
@@ -66,17 +67,33 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays, out: Floa
         If a component is not what the layout says, its grid does not fit its parts, or `out` is
         another array than this.
     """
-    if out is not None and (out.shape != shape or out.dtype != F32 or not out.flags.carray):
-        raise LayoutError(f"out is {out.dtype} {out.shape}, needs a writable C-contiguous float32 {shape}")
+    narrow = out is not None and out.dtype.name == "bfloat16"
+    if out is not None and (out.shape != shape or not (narrow or out.dtype == F32) or not out.flags.carray):
+        raise LayoutError(f"out is {out.dtype} {out.shape}, needs a writable C-contiguous float32 or bfloat16 {shape}")
+    through = out is not None and out.nbytes >= LEAST_THROUGH
     if run := decoder(layout):
         target = np.empty(shape, F32) if out is None else out
-        if run(shape, components, target, out is not None and out.nbytes >= LEAST_THROUGH):
+        if run(shape, components, target.view(np.uint16) if narrow else target, through):
             return target
     weights = grids.decode(layout, shape, components)
     if out is None:
         return weights
-    out[:] = weights
+    if narrow:
+        _round(weights, out.view(np.uint16), through)
+    else:
+        out[:] = weights
     return out
+
+
+def _round(weights: Floats, out: Array, through: bool) -> None:
+    """Float32 to the bits of bfloat16, on all threads."""
+    from packfmt.kernels import threads
+
+    def work(start: int, stop: int) -> None:
+        _blocks().round_to_bfloat(weights[start:stop], out[start:stop], through)
+
+    if out.size:
+        threads.spread(work, len(out), -(-LEAST_WEIGHTS // out.shape[1]))
 
 
 @lru_cache(maxsize=256)
@@ -84,8 +101,9 @@ def decoder(layout: Layout) -> Decoder | None:
     """What writes the numbers of a tensor of this layout; None if no kernel fits.
 
     run(shape, components, out, through) -> whether it did: not if the tensor is empty, a component is not what
-    the layout says, or it cannot tell which bits a NaN has. `out` is C-contiguous (rows, cols) float32; `through`
-    writes it past the cache, which pays where it is large, and its pages have been touched before.
+    the layout says, or it cannot tell which bits a NaN has. `out` is C-contiguous (rows, cols) float32, or uint16, the
+    bits of bfloat16; `through` writes it past the cache, which pays where it is large, and its pages have been
+    touched before.
     """
     try:
         codes, scale, whole = _cells(layout, "codes"), _cells(layout, "scale"), _whole(layout)
@@ -99,7 +117,7 @@ def decoder(layout: Layout) -> Decoder | None:
     places_of = lru_cache(maxsize=64)(lambda cells: _places(layout, codes, _together(cells, codes)))
     described = lru_cache(maxsize=64)(partial(_described, layout))
 
-    def run(shape: tuple[int, int], components: Arrays, out: Floats, through: bool = False) -> bool:
+    def run(shape: tuple[int, int], components: Arrays, out: Array, through: bool = False) -> bool:
         from packfmt.kernels import threads
 
         rows, cols = shape
@@ -117,7 +135,7 @@ def decoder(layout: Layout) -> Decoder | None:
         scales = numbers(components[scale.component], rows, factor)
         unclear: list[int] = []
         options, step, group = {}, max(1, STRIP // cols), scale.cols // scale.count or cols
-        if through and direct and not layout.hadamard and _blocks().fits_through(out, group):
+        if through and out.dtype == F32 and direct and not layout.hadamard and _blocks().fits_through(out, group):
             options, through, step = {"through": True}, False, 4 * step
 
         def strip(start: int, stop: int, target: Floats) -> None:
@@ -167,15 +185,19 @@ def reader(layout: Layout) -> Callable[[tuple[int, int], Arrays], Reader | None]
 
 
 def _by_strips(
-    strip: Callable[[int, int, Floats], None], out: Floats, step: int, through: bool, start: int, stop: int
+    strip: Callable[[int, int, Floats], None], out: Array, step: int, through: bool, start: int, stop: int
 ) -> None:
     """Compute rows a strip at a time, which stays in the cache until it is done."""
-    room = np.empty((min(step, stop - start), out.shape[1]), F32) if through else out[:0]
+    narrow = out.dtype != F32
+    room = np.empty((min(step, stop - start), out.shape[1]), F32) if through or narrow else out[:0]
     for first in range(start, stop, step):
         end = min(stop, first + step)
-        strip(first, end, room[: end - first] if through else out[first:end])
-        if through:
-            _blocks().write_through(room[: end - first], out[first:end])
+        mine = room[: end - first] if len(room) else out[first:end]
+        strip(first, end, mine)
+        if narrow:
+            _blocks().round_to_bfloat(mine, out[first:end], through)
+        elif through:
+            _blocks().write_through(mine, out[first:end])
 
 
 def _described(layout: Layout, shape: tuple[int, int]) -> dict[str, Any]:

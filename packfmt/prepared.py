@@ -40,15 +40,18 @@ class Prepared:
         return products.multiply(self._product, x, self.packed.shape[:-1], threads)
 
 
-def prepare(packed: PackedTensor) -> Prepared:
+def prepare(packed: PackedTensor, batch: int = 1) -> Prepared:
     """Make a weight ready for many products. Nothing is rounded; the packed tensor may be dropped afterwards.
+
+    batch : rows of activations that most products will have. Sherry is tiled another way for many; all tilings
+        take any number, and give the same bits
 
     Raises
     ------
     LayoutError
         If a component is not what the layout says, or its grid does not fit its parts.
     """
-    ready = products.product(packed.layout, packed.matrix, packed.components)
+    ready = products.product(packed.layout, packed.matrix, packed.components, batch)
     held = (
         packed
         if ready.layout is packed.layout

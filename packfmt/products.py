@@ -27,7 +27,10 @@ from packfmt.tilings import LANES, Tile
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
 Multiply = Callable[[Floats, Floats], None]  # (batch, cols) -> (batch, rows)
+Whole = tuple[npt.NDArray[np.int8], npt.NDArray[np.int32], Floats]  # activations, of `kernels.activations.quantise`
+Multiply8 = Callable[[Whole, Floats], None]  # and (batch, rows of whole tiles)
 NONE: Final = np.zeros(0, F32)
+NO_BYTES: Final = np.zeros(0, np.uint8)
 
 
 # ---------------------------------------------------------------- products
@@ -71,8 +74,10 @@ class Product:
         return out
 
 
-def product(layout: Layout, shape: Shape, components: Arrays) -> Product:
+def product(layout: Layout, shape: Shape, components: Arrays, batch: int = 1) -> Product:
     """Make a weight ready.
+
+    batch : rows of activations that most products will have; others are multiplied as well, to the same bits
 
     Raises
     ------
@@ -81,15 +86,15 @@ def product(layout: Layout, shape: Shape, components: Arrays) -> Product:
     """
     if (of := meaning(layout, shape)) is None or not shape[0] or not shape[1]:
         return _numbers(layout, shape, components)
-    tiled = retile(layout, shape, components)
+    tiled = retile(layout, shape, components, batch)
     if tiled is None:
         parts = placement.unpack(layout, shape, components)
         return Product(layout, components, shape, _plain(layout, shape, parts, of), replaced(layout, shape, parts))
-    layout, components = tiled
-    tile = tilings.tile(layout, shape)
-    assert tile is not None
+    layout, components, tile = tiled
     beside = _beside(layout, shape, components)
-    return Product(layout, components, shape, _tiled(tile, shape, components, beside), replaced(layout, shape, beside))
+    flat = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in components.items()}
+    kernel = (_looked_up if tile.form else _decoded_in_lanes)(tile, shape, flat, beside)
+    return Product(layout, components, shape, _in_tiles(tile, shape, kernel, beside), replaced(layout, shape, beside))
 
 
 def multiply(ready: Product, x: Array, rows: tuple[int, ...], threads: int | None = None) -> Floats:
@@ -121,34 +126,57 @@ def _beside(layout: Layout, shape: Shape, components: Arrays) -> dict[str, Array
     return placement.unpack(layout, shape, components, frozenset({"codes", "scale", "zero"}))
 
 
-def _tiled(tile: Tile, shape: Shape, components: Arrays, beside: Arrays) -> Multiply:
-    from packfmt.kernels import activations, tile_products
+def _in_tiles(tile: Tile, shape: Shape, kernel: Multiply8, beside: Arrays) -> Multiply:
+    """Bring activations into the tile's order, as whole numbers; and drop rows that only fill up the last tile."""
+    from packfmt.kernels import activations
 
-    how, groups = tile.how, -(-shape[0] // LANES)
-    empty = np.zeros(0, np.uint8)
-    whole = np.zeros(0, F32)
-    if how.whole:
-        number = beside["global_scale"].reshape(-1).astype(F32)
-        whole = np.resize(np.repeat(number, shape[0] // len(number)), LANES * groups)
-    flat = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in components.items()}
-    codes, high, scale, zero = (flat.get(name, empty) for name in (*tilings.CODES, "scale", "zero"))
-    tiles = tile_products.Tiles(
-        tile_products.Tiling(*how), codes, high, scale, zero, whole,
-        tile.table, tile.bias, tile.exponent, tile.nan, tile.unit, groups, len(tile.order),
-    )  # fmt: skip
     source, columns = sources(tile.layout, shape, beside), tile.order
     if source is not None:
         columns = np.where(columns >= 0, source[columns], -1).astype(np.int32)
-    order = activations.arrange(shape[1], how.block, columns)
+    order = activations.arrange(shape[1], tile.how.block, columns)
+    rows = -(-shape[0] // tile.lanes) * tile.lanes
 
     def multiply(x: Floats, out: Floats) -> None:
-        found = tile_products.Activations(*activations.quantise(x, order, tile.unit))
-        room = out if out.shape[1] == LANES * groups else np.empty((len(out), LANES * groups), F32)
-        tile_products.multiply(tiles, found, room)
+        room = out if rows == shape[0] else np.empty((len(out), rows), F32)
+        kernel(activations.quantise(x, order, tile.unit), room)
         if room is not out:
-            out[:] = room[:, : out.shape[1]]
+            out[:] = room[:, : shape[0]]
 
     return multiply
+
+
+def _decoded_in_lanes(tile: Tile, shape: Shape, flat: Arrays, beside: Arrays) -> Multiply8:
+    """The kernel of most tilings, or the machine's matrix unit for many activations."""
+    from packfmt.kernels import amx, amx_products, tile_products
+
+    groups, whole = -(-shape[0] // LANES), NONE
+    if tile.how.whole:
+        number = beside["global_scale"].reshape(-1).astype(F32)
+        whole = np.resize(np.repeat(number, shape[0] // len(number)), LANES * groups)
+    codes, high, scale, zero = (flat.get(name, NO_BYTES) for name in (*tilings.CODES, "scale", "zero"))
+    how = tile_products.Tiling(*tile.how)
+    tiles = tile_products.Tiles(
+        how, codes, high, scale, zero, whole,
+        tile.table, tile.bias, tile.exponent, tile.nan, tile.unit, groups, len(tile.order),
+    )  # fmt: skip
+    squares = amx_products.fits(how)
+
+    def multiply(x: Whole, out: Floats) -> None:
+        many = squares and amx_products.pays(how, len(out)) and amx.available()
+        (amx_products if many else tile_products).multiply(tiles, tile_products.Activations(*x), out)
+
+    return multiply
+
+
+def _looked_up(tile: Tile, shape: Shape, flat: Arrays, beside: Arrays) -> Multiply8:
+    """The kernel of quads whose sums are looked up."""
+    from packfmt.kernels import lookup_products, tile_products
+
+    how = lookup_products.Tiling(tile.form, tile.how.block, tile.how.scale, tile.how.per_row)
+    codes, high, scale = (flat.get(name, NO_BYTES) for name in (*tilings.CODES, "scale"))
+    groups = -(-shape[0] // tilings.LOOKED_UP)
+    tiles = lookup_products.Tiles(how, codes, high, scale, tile.table, groups, len(tile.order))
+    return lambda x, out: lookup_products.multiply(tiles, tile_products.Activations(*x), out)
 
 
 def _plain(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> Multiply:

@@ -26,39 +26,65 @@ from packfmt.tilings import CODES, LANES, Tile
 Dense = dict[str, Array]
 
 STRIP: Final = 1 << 17  # codes that are read at a time
+MANY: Final = 8  # rows of activations
 READ: Final = ("affine", "affine_zero", "quotient", "levels", "table", "scaled", "quads", "base3")  # one code a byte
 NONE: Final = np.zeros(0, np.uint8)
 
 
-def retile(layout: Layout, shape: Shape, components: Arrays) -> tuple[Layout, Arrays] | None:
-    """The same numbers in the layout's tiling; None if it has none, or there is no kernel for it.
+def retile(layout: Layout, shape: Shape, components: Arrays, batch: int = 1) -> tuple[Layout, Arrays, Tile] | None:
+    """The same numbers in a tiling of the layout; None if it has none, or there is no kernel for it.
+
+    batch : rows of activations that most products will have
 
     Raises
     ------
     LayoutError
         If a component is not what the layout says, or its grid does not fit its parts.
     """
-    from packfmt.kernels import simd, tile_products
-
-    found = tilings.tile(layout, shape)
-    if found is None or simd.INTERPRETED or not tile_products.fits(tile_products.Tiling(*found.how)):
+    if not all(shape):
         return None
-    if tilings.same(layout, found.layout):
-        return layout, components
-    return found.layout, tiled(layout, shape, components)
+    for form in tilings.SUFFIXES:  # what a file has is left as it is
+        there = tilings.tile(layout, shape, form)
+        if there and tilings.same(layout, there.layout):
+            return (layout, components, there) if _has_kernel(there) else None
+    for form in _forms(batch):
+        found = tilings.tile(layout, shape, form)
+        if found and _has_kernel(found):
+            return found.layout, tiled(layout, shape, components, form), found
+    return None
 
 
-def becomes(layout: Layout, target: Layout, shape: Shape) -> bool:
-    """Whether the target is the layout's tiling."""
-    return (
-        target.name.endswith(tilings.SUFFIX)
-        and (found := tilings.tile(layout, shape)) is not None
-        and found.layout == target
-    )
+def _has_kernel(tile: Tile) -> bool:
+    from packfmt.kernels import lookup_products, tile_products
+
+    if tile.form:
+        how = lookup_products.Tiling(tile.form, tile.how.block, tile.how.scale, tile.how.per_row)
+        return lookup_products.fits(how, tile.table)
+    return tile_products.fits(tile_products.Tiling(*tile.how))
 
 
-def tiled(layout: Layout, shape: Shape, components: Arrays) -> Dense:
-    """Components of a layout that has a tiling -> those of the tiling.
+def _forms(batch: int) -> tuple[str, ...]:
+    """The forms to try for so many rows of activations, the best first.
+
+    Where an instruction looks up words, decoding a quad once for many rows is faster than a look-up for each.
+    """
+    from packfmt.kernels import lookup_products
+
+    decoded = batch >= MANY and lookup_products.BEST == "words"
+    return ("",) if decoded else (lookup_products.BEST, "")
+
+
+def becomes(layout: Layout, target: Layout, shape: Shape) -> str | None:
+    """The form in which the target is the layout's tiling; None if it is not."""
+    forms = [form for form, suffix in tilings.SUFFIXES.items() if target.name == tilings.base(layout.name) + suffix]
+    for form in forms if target.name != layout.name else ():
+        if (found := tilings.tile(layout, shape, form)) is not None and found.layout == target:
+            return form
+    return None
+
+
+def tiled(layout: Layout, shape: Shape, components: Arrays, form: str = "") -> Dense:
+    """Components of a layout that has a tiling of this form -> those of the tiling.
 
     Raises
     ------
@@ -67,12 +93,12 @@ def tiled(layout: Layout, shape: Shape, components: Arrays) -> Dense:
     """
     from packfmt.kernels import pages, retile
 
-    of, tile = meaning(layout, shape), tilings.tile(layout, shape)
+    of, tile = meaning(layout, shape), tilings.tile(layout, shape, form)
     if of is None or tile is None:
         raise LayoutError(f"{layout.name} has no tiling")
     fitted = tile.layout.fit(*shape)
     out: Dense = {c.name: pages.empty(c.nbytes).view(dtype_of(c.dtype)).reshape(c.shape) for c in fitted.components}
-    moves = list(_moves(layout, shape, tile)) if all(shape) else []
+    moves = list(_moves(layout, shape, tile)) if all(shape) and not form else []
     moved = frozenset(part for _, part, *_ in moves)
     read = None if "codes" in moved else _reader(layout, shape, components, tile)
     parts = placement.unpack(layout, shape, components, moved | {"codes"} if read else moved)  # checks all components
@@ -89,7 +115,10 @@ def tiled(layout: Layout, shape: Shape, components: Arrays) -> Dense:
         for name, array in values.items():
             rows = np.ascontiguousarray(array).reshape(shape[0], -1)
             size = rows.itemsize
-            retile.interleave_values(rows.view(np.uint8), _bytes(out[name]), 0, size, rows.shape[1], size)
+            if form:
+                _bytes(out[name])[:] = _bytes(_side_by_side(rows, tilings.LOOKED_UP).transpose(0, 2, 1).copy())
+            else:
+                retile.interleave_values(rows.view(np.uint8), _bytes(out[name]), 0, size, rows.shape[1], size)
     return out | _others(shape, parts, tile)
 
 
@@ -191,14 +220,15 @@ def _write_strips(read: fused.Reader, rows: int, tile: Tile, out: Dense) -> None
     """Read codes and write them, a strip of rows at a time, which stays in the cache."""
     from packfmt.kernels import threads
 
-    groups = -(-rows // LANES)
+    lanes = tile.lanes
+    groups = -(-rows // lanes)
     strings = [_bytes(out[name]).reshape(groups, -1) for name in CODES if name in out]
-    step = max(1, STRIP // (LANES * len(tile.order)))
+    step = max(1, STRIP // (lanes * len(tile.order)))
 
     def work(start: int, stop: int) -> None:
         for first in range(start, stop, step):
             end = min(stop, first + step)
-            codes = read(LANES * first, min(rows, LANES * end))
+            codes = read(lanes * first, min(rows, lanes * end))
             _write_codes(codes, tile, [string[first:end].reshape(-1) for string in strings])
 
     threads.spread(work, groups, step)
@@ -208,10 +238,14 @@ def _write_codes(codes: Array, tile: Tile, strings: list[Array]) -> None:
     """The tile's strings of codes from one code a byte."""
     from packfmt.kernels import retile
 
-    rows, per = len(codes), 4 if tile.how.codes == "quads" else 1
+    rows, per = len(codes), 4 if tile.how.widths == (5,) else 1
     flat = codes.view(np.uint8).reshape(rows, tile.how.planes, -1)
     if missing := len(tile.order) // per - flat.shape[2]:
         flat = np.pad(flat, ((0, 0), (0, 0), (0, missing)))
+    if tile.form == "words":
+        return _write_words(flat[:, 0], strings[0])
+    if tile.form:
+        return _write_nibbles(flat[:, 0], *strings)
     if tile.how.codes == "quads":
         return retile.pack_quads(flat[:, 0], strings[0])
     runs = flat.reshape(rows, tile.how.planes, -1, tile.run).transpose(0, 2, 1, 3)
@@ -219,6 +253,34 @@ def _write_codes(codes: Array, tile: Tile, strings: list[Array]) -> None:
     if not np.array_equal(order, np.arange(tile.run)):  # the bytes of other rows of this layout were moved
         runs = runs[..., order]
     retile.pack_planes(runs, strings[0], strings[1] if len(strings) > 1 else NONE, tile.how.widths)
+
+
+def _side_by_side(rows: Array, lanes: int) -> Array:
+    """(rows, n) -> (groups, lanes, n), zeros where rows have ended."""
+    padded = np.pad(rows.view(f"u{rows.itemsize}"), ((0, -len(rows) % lanes), (0, 0)))
+    return padded.reshape(-1, lanes, rows.shape[1])
+
+
+def _write_words(codes: Array, string: Array) -> None:
+    """Streams of five bits, a word of 32 rows at a time: the dwords of 16 rows, cut in two."""
+    from packfmt.kernels import retile
+
+    lanes, quads = tilings.LOOKED_UP, tilings.QUADS
+    padded = np.pad(codes, ((0, -len(codes) % lanes), (0, -codes.shape[1] % quads)))
+    dwords = np.empty(padded.size // quads * 20, np.uint8)
+    retile.pack_quads(padded, dwords)
+    cut = dwords.view("<u2").reshape(len(padded) // lanes, 2, -1, LANES, 2).transpose(0, 2, 4, 1, 3)
+    groups = cut.reshape(len(cut), -1, lanes)
+    string.view("<u2").reshape(len(cut), -1, lanes)[:] = groups[:, : codes.shape[1] // 16 * 5]
+
+
+def _write_nibbles(codes: Array, low: Array, high: Array) -> None:
+    """Four bits of two quads a byte, and fifth bits of eight; row r and row 16 + r side by side."""
+    halves = _side_by_side(codes, tilings.LOOKED_UP).reshape(-1, 2, LANES, codes.shape[1])
+    pairs = (halves[..., ::2] & 15) | halves[..., 1::2] << 4
+    low.reshape(len(halves), -1, LANES, 2)[:] = pairs.transpose(0, 3, 2, 1)
+    signs = np.packbits(halves >> 4, axis=-1, bitorder="little")
+    high.reshape(len(halves), -1, LANES, 2)[:] = signs.transpose(0, 3, 2, 1)
 
 
 # ---------------------------------------------------------------- scales

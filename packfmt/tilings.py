@@ -39,9 +39,10 @@ from packfmt.layout import (
 from packfmt.meaning import BESIDE, BLOCK, Meaning, Shape, meaning
 
 LANES: Final = 16  # rows of a tile
+LOOKED_UP: Final = 32  # rows of a tile whose codes a kernel looks up instead of decoding them
 CHUNK: Final = 32  # columns that a vector of one-bit codes holds
 QUADS: Final = 32  # that five dwords hold
-SUFFIX: Final = "_tile16"
+SUFFIXES: Final = {"": "_tile16", "words": "_words32", "nibbles": "_nibbles32"}  # of each form of tiling
 WIDTHS: Final = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (8,), 8: (8,)}  # of a code's bits
 CODES: Final = ("codes", "codes_high")  # components of the low and high bits of a code
 SCALES: Final = {"<f4": "f32", "<f2": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0"}
@@ -79,6 +80,7 @@ class Tile:
     run : steps along the codes' columns after which their order repeats
     added : what is added to a step to make a code, where the tile spells steps anew; else None
     moved : whether a row of the storage layout has the bytes of the tile's runs
+    form : of what is looked up; else empty
     """
 
     layout: Layout
@@ -92,6 +94,17 @@ class Tile:
     run: int
     added: int | None
     moved: bool
+    form: str
+
+    @property
+    def lanes(self) -> int:
+        """Rows side by side."""
+        return LOOKED_UP if self.form else LANES
+
+
+def base(name: str) -> str:
+    """The name of the layout that a tiling is called after."""
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES.values() if name.endswith(suffix)), name)
 
 
 def same(layout: Layout, tiled: Layout) -> bool:
@@ -100,30 +113,25 @@ def same(layout: Layout, tiled: Layout) -> bool:
 
 
 @lru_cache(maxsize=256)
-def tile(layout: Layout, shape: Shape) -> Tile | None:
-    """The tiling of a layout; None if it has no whole steps, or none that a tile can hold."""
+def tile(layout: Layout, shape: Shape, form: str = "") -> Tile | None:
+    """The tiling of a layout; None if it has no whole steps, or none that a tile of this form can hold.
+
+    form : "", or what holds quads for kernels that look them up (`kernels.lookup_products`): "words", "nibbles"
+    """
     of = meaning(layout, shape)
     if of is None or (of.group > BLOCK and of.group % BLOCK):
         return None
-    held = _quads(layout, of) or _codes(layout, shape, of)
+    held = _quads(layout, of, form) if form else _quads(layout, of) or _codes(layout, shape, of)
     if held is None:
         return None
     scale = _scale(layout, shape, held.grid)
     others = _others(layout, shape, of, held, scale)
     if others is None:
         return None
-    name = layout.name if layout.name.endswith(SUFFIX) else layout.name + SUFFIX
-    padded = tuple(
-        replace(a, pad=LANES)
-        if a.of == "rows"
-        else replace(a, pad=held.steps)
-        if a.name == held.axis and not of.group
-        else a
-        for a in held.axes
-    )
+    name = base(layout.name) + SUFFIXES[form]
     made = Layout(
-        name, (*held.components(of), *others), scale.grid, padded, f"{layout.name} for products: 16 rows side by side",
-        hadamard=layout.hadamard,
+        name, (*held.components(), *others), scale.grid, held.padded(bool(of.group)),
+        f"{base(layout.name)} for products: {held.lanes} rows side by side", hadamard=layout.hadamard,
     )  # fmt: skip
     try:
         stored = made.fit(*shape).extents[held.axis]
@@ -138,7 +146,7 @@ def tile(layout: Layout, shape: Shape) -> Tile | None:
         str(params.get("global_scale", "")), layout.grid.name == "quotient",
     )  # fmt: skip
     exponent, nan = (params["exponent"], False) if layout.grid.name == "table" else (127, True)
-    found = held.table, held.bias, exponent, nan, of.unit, held.steps, held.added, held.moved
+    found = held.table, held.bias, exponent, nan, of.unit, held.steps, held.added, held.moved, form
     return Tile(made, how, order, *found)
 
 
@@ -175,6 +183,7 @@ def _places(digits: tuple[Digit, ...]) -> Ints:
 class Held:
     """How a tile holds codes.
 
+    lanes : rows side by side
     runs : one for each of `widths`; none of quads
     steps : along `axis` after which the order of columns repeats, `per` columns each
     columns : their columns in the order in which a kernel reads activations
@@ -197,12 +206,30 @@ class Held:
     levels: int = 0
     added: int | None = None
     moved: bool = False
+    lanes: int = LANES
 
-    def components(self, of: Meaning) -> Iterator[Component]:
-        lanes = rows(1, LANES)
-        if not self.runs:
-            words = (rows(LANES), Digit(self.axis, QUADS), Digit(WORD), lanes)
-            yield Component(CODES[0], words, (Codes("codes", 5, (), (Digit(self.axis, 1, QUADS),), "<u4"),))
+    def padded(self, whole: bool) -> tuple[Axis, ...]:
+        """The axes with rows filled up, and columns, too, unless whole groups of them fill runs anyway."""
+        pads = {a.name: self.lanes for a in self.axes if a.of == "rows"}
+        pads |= {} if whole else {self.axis: self.steps}
+        return tuple(replace(a, pad=pads.get(a.name, a.pad)) for a in self.axes)
+
+    def components(self) -> Iterator[Component]:
+        if self.runs:
+            yield from self._fields()
+        elif self.kind == "nibbles":
+            pieces = (rows(LOOKED_UP), Digit(self.axis, 8))
+            spread = (rows(1, LANES), rows(LANES, 2))  # lanes of 16 bits have a row in each byte
+            low = Codes("codes", 4, (Digit(self.axis, 2, 4), *spread), (Digit(self.axis, 1, 2),))
+            yield Component(CODES[0], pieces, (low,))
+            yield Component(CODES[1], pieces, (Codes("codes", 1, spread, (Digit(self.axis, 1, 8),), low=4),))
+        else:
+            quads, word = (16, "<u2") if self.kind == "words" else (QUADS, "<u4")
+            over = (rows(self.lanes), Digit(self.axis, quads), Digit(WORD), rows(1, self.lanes))
+            yield Component(CODES[0], over, (Codes("codes", 5, (), (Digit(self.axis, 1, quads),), word),))
+
+    def _fields(self) -> Iterator[Component]:
+        lanes = rows(1, self.lanes)
         low = 0
         for name, width, run in zip(CODES, self.widths, self.runs, strict=False):
             over = (rows(LANES), Digit(self.axis, self.steps), *_planes(self.axes), *run.dwords, lanes)
@@ -220,21 +247,24 @@ def _planes(axes: tuple[Axis, ...]) -> tuple[Digit, ...]:
     return tuple(Digit(a.name) for a in axes if not a.of and a.name == axes[1].name)
 
 
-def _quads(layout: Layout, of: Meaning) -> Held | None:
-    """Codes of four weights, as a stream of five bits each."""
-    if layout.grid.name not in ("quads", "quads_in_fives") or _block(of) % (4 * QUADS):
+def _quads(layout: Layout, of: Meaning, form: str = "") -> Held | None:
+    """Codes of four weights: a stream of five bits each, or apart for a look-up."""
+    run = {"": QUADS, "words": 16, "nibbles": 8}[form]
+    if layout.grid.name not in ("quads", "quads_in_fives") or _block(of) % (4 * run):
         return None
     stride, values = layout.grid["stride"], np.array(layout.grid["values"])
-    if values.shape != (32, 4) or QUADS % stride:
+    run = max(run, stride)
+    if values.shape != (32, 4) or run % stride or _block(of) % (4 * run):
         return None
     chunk = np.arange(4 * stride, dtype=np.int32).reshape(4, stride).T.reshape(-1)
-    columns = (np.arange(0, 4 * QUADS, 4 * stride, dtype=np.int32)[:, None] + chunk).reshape(-1)
+    columns = (np.arange(0, 4 * run, 4 * stride, dtype=np.int32)[:, None] + chunk).reshape(-1)
     first, *rest = layout.axes
     quads = Axis("quads", "cols", 4)
     others = tuple(a for a in rest if a.name != quads.name and _met(layout, a.name))
     return Held(
-        (5,), "quads", quads.name, (first, quads, *others), grid("quads", stride=stride, values=layout.grid["values"]),
-        (), QUADS, columns, (values + 1).astype(np.uint8).reshape(-1), 1, 5, per=4,
+        (5,), form or "quads", quads.name, (first, quads, *others),
+        grid("quads", stride=stride, values=layout.grid["values"]), (), run, columns,
+        (values + 1).astype(np.uint8).reshape(-1), 1, 5, per=4, lanes=LOOKED_UP if form else LANES,
     )  # fmt: skip
 
 
@@ -403,9 +433,9 @@ def _scale(layout: Layout, shape: Shape, spelled: Grid) -> Scale:
 
 def _others(layout: Layout, shape: Shape, of: Meaning, held: Held, scale: Scale) -> list[Component] | None:
     """The components of all parts but codes; None if some lie in components of other parts."""
-    parts, lanes = layout.fit(*shape).parts, (rows(1, LANES),)
+    parts, lanes = layout.fit(*shape).parts, (rows(1, held.lanes),)
     along = (Digit(held.axis, _block(of) // held.per),) if of.group else ()
-    over = (rows(LANES), *along)
+    over = (rows(held.lanes), *along)
     out = [Component("scale", (*over, *_planes(held.axes)), (Values("scale", scale.dtype, lanes),))]
     if "zero" in parts:
         out.append(Component("zero", over, (Codes("zero", parts["zero"].bits, lanes),)))

@@ -50,7 +50,7 @@ PATTERNS = {  # module -> the names that it makes formats of: an expression, and
     "packed_int": (r"ct_int[2-8](_legacy)?_(row|g[1-9]\d{0,4})(_asym)?(_f16|_f32)?", "ct_int<bits>_<row or g<n>>"),
     "rotated": (rf"({ROTATED})_h(16|32|64|128|256)", "<format>_h<size>"),
     "mote": (r"mote_[1-9]\d{0,3}", "mote_<experts>"),
-    "tiled": (r"[a-z0-9_]+_tile16", "<format>_tile16"),
+    "tiled": (r"[a-z0-9_]+_(tile16|words32|nibbles32)", "<format>_tile16"),
     "tl1": (r"tl1(_[1-9]\d{0,5}){3}", "tl1_<bm>_<bk>_<bmm>"),
     "tl2": (r"tl2(_[1-9]\d{0,6}){4}", "tl2_<rows>_<cols>_<bm>_<bk>"),
 }

@@ -1,4 +1,4 @@
-"""Run-time tilings as formats of their own: <format>_tile16, as mxfp4_tile16 or sherry_tile16.
+"""Run-time tilings as formats of their own: <format>_tile16, as mxfp4_tile16; and of Sherry's <format>_words32, too.
 
 The same codes and scales as the format has, for 16 rows side by side: what `packfmt.prepare` brings a weight into. A
 file of these is multiplied as it lies in memory.
@@ -19,7 +19,7 @@ from packfmt import codecs, placement, retiling, tilings
 from packfmt.codec import Codec
 from packfmt.errors import PlanError
 from packfmt.layout import Layout
-from packfmt.meaning import BLOCK
+from packfmt.meaning import BLOCK, meaning
 
 
 def codec(name: str) -> Codec:
@@ -28,19 +28,45 @@ def codec(name: str) -> Codec:
     Raises
     ------
     PlanError
-        If the format has no tiling.
+        If there is no such format, it has no such tiling, or is one.
     """
-    base = codecs.get(name.removesuffix(tilings.SUFFIX))
+    form, suffix = next((form, suffix) for form, suffix in tilings.SUFFIXES.items() if name.endswith(suffix))
+    of = name.removesuffix(suffix)
+    if of.endswith(tuple(tilings.SUFFIXES.values())):
+        raise PlanError(f"{name}: {of} is a tiling already; take it as it is")
+    try:
+        base = codecs.get(of)
+    except PlanError as error:
+        raise PlanError(f"{name}: {error}") from None
     block = base.layout.block
-    found = tilings.tile(base.layout, (block["rows"], lcm(block["cols"], BLOCK)))
+    shape = block["rows"], lcm(block["cols"], BLOCK)
+    found = tilings.tile(base.layout, shape, form)
     if found is None:
-        raise PlanError(f"{base.layout.name} has no tiling: its products take decoded numbers")
+        raise PlanError(f"{name}: {_why_not(base.layout, shape, form)}; products take {of} itself")
     layout = replace(found.layout, sources=base.layout.sources)
-    encoders = {rule: partial(_tiled, base=base, rule=rule, layout=layout) for rule in base.encoders}
-    return Codec(layout, encoders, base.weighted, {}, base.remark, base.shared, base.least_cols)
+    encoders = {rule: partial(_tiled, base=base, rule=rule, layout=layout, form=form) for rule in base.encoders}
+    fast = {rule: partial(_at_once, base=base, rule=rule, form=form) for rule in base.fast}
+    return Codec(layout, encoders, base.weighted, fast, base.remark, base.shared, base.least_cols)
 
 
-def _tiled(weight: np.ndarray, *, base: Codec, rule: str, layout: Layout, **more: Any) -> dict[str, np.ndarray]:
+def _why_not(layout: Layout, shape: tuple[int, int], form: str) -> str:
+    """Why a layout has no tiling of this form, in words."""
+    if meaning(layout, shape) is None:
+        return f"{layout.name} has no tiling, for its numbers are no whole steps times scales"
+    if form:
+        return f"{layout.name} has no such tiling, which is for codes of four weights"
+    return f"{layout.name} has no tiling, for no tile holds its codes or groups"
+
+
+def _at_once(weight: np.ndarray, *, base: Codec, rule: str, form: str) -> dict[str, np.ndarray] | None:
+    """The components of the tiling, from those of the format."""
+    components = base.fast[rule](weight)
+    return None if components is None else retiling.tiled(base.layout, weight.shape, components, form)
+
+
+def _tiled(
+    weight: np.ndarray, *, base: Codec, rule: str, layout: Layout, form: str, **more: Any
+) -> dict[str, np.ndarray]:
     """The parts of the tiling, from those of the format."""
     components = placement.pack(base.layout, weight.shape, base.encoders[rule](weight, **more))
-    return placement.unpack(layout, weight.shape, retiling.tiled(base.layout, weight.shape, components))
+    return placement.unpack(layout, weight.shape, retiling.tiled(base.layout, weight.shape, components, form))

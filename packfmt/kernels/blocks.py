@@ -6,13 +6,17 @@ codes lie, the loops know from tables, not from a format's name.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from packfmt.kernels.vectors import (
     F32,
+    INTERPRETED,
     ONE_EXPONENT,
     THROUGH,
     Arithmetic,
@@ -32,10 +36,14 @@ from packfmt.kernels.vectors import (
     _spread_6,
     _spread_7,
     _store_past_the_cache,
+    _Vectors,
     _wait_for_stores,
 )
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)  # a float32 without its sign
+INFINITE = np.uint32(0x7F800000)  # above which magnitudes are no numbers
+QUIET = np.uint32(1 << 22)  # which keeps a NaN one where its lower half goes
+HALF_BELOW = np.uint32(0x7FFF)  # just less than half of what bfloat16 rounds to
 MOST_ZERO = F32(1 << 16)  # to which 128 is added exactly
 FEW = 64  # codes of a run
 
@@ -193,6 +201,22 @@ def write_through(source: np.ndarray, target: np.ndarray) -> None:
     _write_through(source.reshape(-1), target.reshape(-1))
 
 
+def round_to_bfloat(source: np.ndarray, target: np.ndarray, through: bool = False) -> None:
+    """Float32 to the nearest bfloat16, half to even; NaN stays NaN. On one thread.
+
+    source : C-contiguous float32
+    target : C-contiguous uint16 of the same shape, the bits of bfloat16, written
+    through : whether past the cache, without reading there first
+    """
+    if INTERPRETED:
+        bits = source.view(np.uint32)
+        rounded = bits + HALF_BELOW + (bits >> np.uint32(16) & np.uint32(1))
+        nearest = np.where(bits & MAGNITUDE > INFINITE, bits | QUIET, rounded)
+        target[...] = nearest >> np.uint32(16)
+    else:
+        (_round_through if through else _round)(source.reshape(-1), target.reshape(-1))
+
+
 def _straight(places: Places, group: int) -> bool:
     """Whether numbers can be written without keeping codes: runs lie side by side, and cells within a group."""
     plain = not len(places.streams) and (places.runs[:, 5] == 1).all() and not places.runs[:, 6].any()
@@ -335,6 +359,80 @@ def _write_through(source, target):
         _store_past_the_cache(target, source, i)
     for i in range(end, target.size):
         target[i] = source[i]
+    _wait_for_stores()
+
+
+def _bfloats(through: int) -> Callable[..., None]:
+    """target[at + i] = source[at + i] as bfloat16, for 32 numbers. through : as in `vectors.store_product`"""
+
+    def write(typing, target, source, at):
+        def code(context, builder, signature, args):
+            v = _Vectors(32, context, builder)
+            whole = ir.VectorType(ir.IntType(32), 32)
+
+            def same(number: int) -> Any:
+                return ir.Constant(whole, [int(number)] * 32)
+
+            numbers = builder.load(v.place(signature.args[1], args[1], args[2], 32))
+            numbers.align = 4
+            bits, sixteen = builder.bitcast(numbers, whole), same(16)
+            odd = builder.and_(builder.lshr(bits, sixteen), same(1))
+            rounded = builder.add(bits, builder.add(odd, same(HALF_BELOW)))
+            is_none = builder.icmp_unsigned(">", builder.and_(bits, same(MAGNITUDE)), same(INFINITE))
+            nearest = builder.select(is_none, builder.or_(bits, same(QUIET)), rounded)
+            few = builder.trunc(builder.lshr(nearest, sixteen), v.of(16))
+            done = builder.store(few, v.place(signature.args[0], args[0], args[2], 16))
+            done.align = through or 2
+            if through:  # does not read what it overwrites
+                done.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+            return context.get_dummy_value()
+
+        return types.void(target, source, types.int64), code
+
+    return intrinsic(write)
+
+
+_thirty_two_bfloats, _thirty_two_bfloats_through = _bfloats(0), _bfloats(64)
+
+
+@intrinsic
+def _bits(typing, number):
+    """A float32 as uint32."""
+
+    def code(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), code
+
+
+@njit(cache=True, nogil=True)
+def _bfloat(number):
+    """`round_to_bfloat` for one number."""
+    bits = _bits(number)
+    if bits & MAGNITUDE > INFINITE:
+        return np.uint16((bits | QUIET) >> np.uint32(16))
+    return np.uint16((bits + HALF_BELOW + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+
+
+@njit(cache=True, nogil=True)
+def _round(source, target):
+    end = target.size // 32 * 32
+    for i in range(0, end, 32):
+        _thirty_two_bfloats(target, source, i)
+    for i in range(end, target.size):
+        target[i] = _bfloat(source[i])
+
+
+@njit(cache=True, nogil=True)
+def _round_through(source, target):
+    before = min(-(target.ctypes.data // 2) % 32, target.size)  # numbers up to a multiple of 64 bytes
+    end = target.size - (target.size - before) % 32
+    for i in range(before):
+        target[i] = _bfloat(source[i])
+    for i in range(before, end, 32):
+        _thirty_two_bfloats_through(target, source, i)
+    for i in range(end, target.size):
+        target[i] = _bfloat(source[i])
     _wait_for_stores()
 
 

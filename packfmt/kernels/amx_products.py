@@ -1,0 +1,550 @@
+"""Products of tiles with many rows of activations, by AMX; the bits are those of `tile_products`.
+
+A *piece* is what one dot product is taken over: a plane of a block. The codes of a group of 16 rows become signed
+bytes, some pieces at a time, and stay in the nearest cache while 16 rows of activations after the other pass by.
+TDPBSSD gives the 16 x 16 dots of a piece, which go through memory to 16 vectors of float32, where sums grow:
+
+    acc = acc + float32(dot) * (w * a)         each operation rounds by itself; pieces in order
+
+Where numbers are not signed bytes, the bytes are lower by a constant, and what that makes too little is added to the
+dot: a whole number times the sum of the activations. So are zero points. Numbers of two bytes are two products.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit, types
+
+from packfmt.kernels import amx, simd, threads
+from packfmt.kernels import tile_products as tile
+from packfmt.kernels.amx import ROW_BYTES, ROWS, instruct, place
+from packfmt.kernels.tile_code import INDEX, Kernel, Typed, Writer, known, part
+from packfmt.kernels.tile_products import Activations, Tiles, Tiling
+
+DOT_TILES: Final = 4
+TILE_BYTES: Final = ROWS * ROW_BYTES
+CHUNK: Final = 1024  # columns that are made bytes at a time: 16 kB
+LEAST: Final = {128: 12, 32: 32, 0: 64}  # columns of a block: rows of activations from which on this way is faster
+SOURCES: Final = (__file__, amx.__file__, tile.__file__)  # Numba sees no edit of what a kernel imports
+VERSION: Final = sha256(b"".join(Path(name).read_bytes() for name in SOURCES)).hexdigest()[:12]
+
+
+class Form(NamedTuple):
+    """What the kernel is compiled for.
+
+    exponent, nan : of Tiles
+    shift : the numbers of `tile_products`, which are unsigned, become signed bytes by taking it off
+    corrects : whether something times the sum of the activations is taken off each dot
+    floats : whether numbers are bfloat16 and dots float32. Then `how` has them in two tables, of low and high bytes
+    """
+
+    how: Tiling
+    exponent: int
+    nan: bool
+    shift: int
+    corrects: bool
+    floats: bool
+    version: str = VERSION
+
+    @property
+    def in_place(self) -> bool:
+        """Fields are not left where they lie in their bytes."""
+        return False
+
+    @property
+    def chunk(self) -> int:
+        """Columns whose codes fill whole vectors."""
+        return tile.chunk(self.how.widths)
+
+    def vectors(self, part: int) -> int:
+        """Of so many columns, in `codes` (0) or `high` (1)."""
+        columns = 128 if self.how.codes == "quads" else 32  # of as many bits as a code has
+        return self.chunk * (*self.how.widths, 0)[part] // columns
+
+    @property
+    def parts(self) -> int:
+        """Products that make one: of low bytes, and of high ones."""
+        return 2 if self.how.codes == "wide" and not self.floats else 1
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number."""
+        return 2 if self.floats else 1
+
+    @property
+    def tiles(self) -> int:
+        """Of dots at the same time: fewer where each is long in coming."""
+        return DOT_TILES if self.how.block <= ROW_BYTES else DOT_TILES // 2
+
+    @property
+    def together(self) -> int:
+        """Pieces whose dots are in tiles at the same time."""
+        return self.tiles // self.parts
+
+    @property
+    def depth(self) -> int:
+        """Columns of one tile of activations."""
+        return min(self.how.block, ROW_BYTES)
+
+    @property
+    def deep(self) -> int:
+        """Tiles of activations that a block takes; columns that fill the last are zero."""
+        return -(-self.how.block // self.depth)
+
+    @property
+    def pieces(self) -> int:
+        """Pieces that are made bytes at a time."""
+        return max(1, CHUNK // (self.how.block * self.size * self.together)) * self.together
+
+
+class Batch(NamedTuple):
+    """Activations by 16 rows, the last of which are filled with zeros; so are blocks, to whole steps of pieces.
+
+    rows : (batch / 16, blocks, deep, 16, depth * size) int8
+    sums : (batch / 16, blocks, 16) int32
+    factors : (batch / 16, blocks, 16) float32
+    """
+
+    rows: npt.NDArray[np.int8]
+    sums: npt.NDArray[np.int32]
+    factors: npt.NDArray[np.float32]
+
+
+class Room(NamedTuple):
+    """What one thread works in.
+
+    columns : (parts, pieces * block * 16 * size) int8, and what a tile may read past the end
+    weights : (pieces, 16) float32
+    zeros : (pieces, 16) int32, what is taken off times the sum of the activations
+    dots : (2, tiles, 16, 16) int32
+    acc : (batch / 16, 16, 16) float32
+    """
+
+    columns: npt.NDArray[np.int8]
+    weights: npt.NDArray[np.float32]
+    zeros: npt.NDArray[np.int32]
+    dots: npt.NDArray[np.int32]
+    acc: npt.NDArray[np.float32]
+
+
+# ---------------------------------------------------------------- writing instructions
+
+
+def _sixteen(form: Form) -> types.Type:
+    return types.UniTuple(simd.Floats16, ROWS)
+
+
+_block = known(lambda form: form.how.block)
+_planes = known(lambda form: form.how.planes)
+_chunk = known(lambda form: form.chunk)
+_pieces = known(lambda form: form.pieces)
+_together = known(lambda form: form.together)
+_per_row = known(lambda form: int(form.how.per_row))
+_corrects = known(lambda form: int(form.corrects))
+_chunk_bytes = known(lambda form: form.chunk * ROWS * form.size)
+_block_bytes = known(lambda form: form.how.block * ROWS * form.size)
+_scale_bytes = known(lambda form: tile.SCALES[form.how.scale] * ROWS)
+
+
+@part(_sixteen)
+def _no_sums(write, form):
+    return [write.zero_floats()] * ROWS
+
+
+@part(_sixteen)
+def _load_sums(write, form, acc, at):
+    return [write.load_floats16(acc, write.plus(at, ROW_BYTES * i)) for i in range(ROWS)]
+
+
+@part(lambda form: types.void)
+def _store_sums(write, form, sums, acc, at):
+    for i, one in enumerate(write.unpack(sums)):
+        write.store(acc, write.plus(at, ROW_BYTES * i), one)
+
+
+@part(lambda form: types.void)
+def _make_bytes(write, form, codes, high, index, tables, out, to, half):
+    """Chunk `index` of the codes as signed bytes: a vector for each four columns, of high bytes `half` on."""
+    build, loaded = write.builder, []
+    for which, array in enumerate((codes, high)):
+        size = form.vectors(which) * ROW_BYTES
+        at = Typed(types.intp, build.mul(index.value, INDEX(size)))
+        for _ in range(form.vectors(which)):
+            write.prefetch(array, write.plus(at, tile.AHEAD))
+        loaded.append([write.load_bytes64(array, write.plus(at, ROW_BYTES * i)) for i in range(form.vectors(which))])
+    less = write.same_byte(np.uint8(form.shift))
+    for step, code in enumerate(tile.steps_of(write, form, *loaded)):
+        numbers = tile.numbers_of(write, form, code, write.unpack(tables))
+        if form.floats:
+            for i, pairs in enumerate(_pairs(write, *map(write.as_ints, numbers))):
+                write.store(out, write.plus(to, ROW_BYTES * (2 * step + i)), pairs)
+            continue
+        for i, number in enumerate(numbers):
+            here = Typed(types.intp, build.add(to.value, half.value)) if i else to
+            write.store(out, write.plus(here, ROW_BYTES * step), write.sub(number, less))
+
+
+def _pairs(write: Writer, low: Typed, high: Typed) -> list[Typed]:
+    """Low and high bytes of four numbers of each row -> two of its numbers a dword, in order."""
+    both, upper = write.same_int(0x00FF00FF), write.same_int(-0x10000)
+    even = write.or_(write.and_(low, both), write.shift_left(write.and_(high, both), 8))
+    odd = write.or_(write.and_(write.shift_right(low, 8), both), write.and_(high, write.same_int(-0x00FF0100)))
+    first = write.or_(write.and_(even, write.same_int(0xFFFF)), write.shift_left(odd, 16))
+    return [first, write.or_(write.shift_right(even, 16), write.and_(odd, upper))]
+
+
+@part(lambda form: types.void)
+def _make_weights(write, form, scale, scale_at, zero, zero_at, whole, whole_at, rest, weights, zeros, to):
+    """What a piece's dots are multiplied by; and what is taken off, times sums."""
+    write.store(weights, to, tile.weight_scale(write, form, scale, scale_at, whole, whole_at))
+    if form.corrects:
+        less = write.same_int(rest)
+        if form.how.zero:
+            less = write.add(less, write.widen(write.load_bytes16(zero, zero_at)))
+        write.store(zeros, to, less)
+
+
+class _Ahead(NamedTuple):
+    """Where the tiles of some pieces come from: of the first block's rows, of the first piece's columns."""
+
+    rows: Typed
+    rows_at: Typed
+    columns: Typed
+    columns_at: Typed
+    half: Typed
+    piece: Typed
+
+
+def _into_tile(write: Writer, form: Form, number: int, ahead: _Ahead) -> None:
+    """The dots of one part of a piece."""
+    build = write.builder
+    t, part = divmod(number, form.parts)
+    block = build.udiv(build.add(ahead.piece.value, INDEX(t)), INDEX(form.how.planes))
+    width = form.depth * form.size
+    a = build.add(ahead.rows_at.value, build.mul(block, INDEX(form.deep * ROWS * width)))
+    b = build.add(ahead.columns_at.value, build.mul(ahead.half.value, INDEX(part)))
+    one, other = 4 + number % 2, 6 + number % 2
+    instruct(build, "tilezero", number)
+    for d in range(form.deep):
+        more = t * form.how.block * form.size * ROWS + d * TILE_BYTES
+        instruct(build, "tileloadd64", one, _pointer(write, ahead.rows, a, d * ROWS * width), INDEX(width))
+        instruct(build, "tileloadd64", other, _pointer(write, ahead.columns, b, more), INDEX(ROW_BYTES))
+        instruct(build, "tdpbf16ps" if form.floats else "tdpbssd", number, one, other)
+
+
+def _out_of_tile(write: Writer, number: int, dots: Typed, to: Typed) -> None:
+    out = _pointer(write, dots, to.value, number * TILE_BYTES)
+    instruct(write.builder, "tilestored64", number, out, INDEX(ROW_BYTES))
+
+
+def _pointer(write: Writer, array: Typed, at: Any, more: int) -> Any:
+    return place(write.context, write.builder, array.kind, array.value, write.builder.add(at, INDEX(more)))
+
+
+@part(lambda form: types.void)
+def _begin(write, form, rows, rows_at, columns, columns_at, half, piece):
+    """The dots of `together` pieces from `piece` on, into tiles."""
+    for number in range(form.tiles):
+        _into_tile(write, form, number, _Ahead(rows, rows_at, columns, columns_at, half, piece))
+
+
+@part(lambda form: types.void)
+def _put_down(write, form, dots, to):
+    """What is in tiles, into `dots`."""
+    for number in range(form.tiles):
+        _out_of_tile(write, number, dots, to)
+
+
+@part(_sixteen)
+def _step(
+    write, form, rows, rows_at, columns, columns_at, half, ahead, dots, to,
+    acc, at, weights, zeros, weights_at, factors, sums, factors_at, piece,
+):  # fmt: skip
+    """acc + float32(dot) * (w * a), for `together` pieces in order; and `_put_down` and `_begin` for those after them.
+
+    The instructions of all three lie side by side, for tiles take long and the floats keep the rest busy.
+
+    more : how many steps there are after this one
+
+    at : of the pieces in `dots`; weights_at : of the piece; factors_at : of the first block
+    """
+    build, made = write.builder, write.unpack(acc)
+    for number in range(form.tiles):
+        _out_of_tile(write, number, dots, to)
+        _into_tile(write, form, number, _Ahead(rows, rows_at, columns, columns_at, half, ahead))
+        t, is_high = divmod(number, form.parts)
+        if is_high:
+            continue
+        here = write.plus(weights_at, ROW_BYTES * t)
+        w = write.load_floats16(weights, here)
+        less = write.load_ints16(zeros, here) if form.corrects else None
+        block = build.udiv(build.add(piece.value, INDEX(t)), INDEX(form.how.planes))
+        of_block = Typed(types.intp, build.add(factors_at.value, build.mul(block, INDEX(4 * ROWS))))
+        for i in range(ROWS):
+            of_row = write.plus(of_block, 4 * i)
+            there = write.plus(at, number * TILE_BYTES + ROW_BYTES * i)
+            dot = write.load_floats16(dots, there) if form.floats else write.load_ints16(dots, there)
+            if form.parts == 2:
+                high = write.load_ints16(dots, write.plus(there, TILE_BYTES))
+                dot = write.add(dot, write.shift_left(high, 8))
+            if less:
+                dot = write.sub(dot, write.mul(less, write.as_ints(write.broadcast4(sums, of_row))))
+            dot = dot if form.floats else write.to_float(dot)
+            a = write.as_floats(write.as_ints(write.broadcast4(factors, of_row)))
+            made[i] = write.addf(made[i], write.mulf(dot, write.mulf(w, a)))
+    return made
+
+
+# ---------------------------------------------------------------- the loops
+
+
+@njit(cache=True, nogil=True)
+def _multiply(
+    kernel, codes, high, scale, zero, whole, table, groups, cols, rest, told,
+    rows, sums, factors, batches, columns, weights, zeros, dots, acc, out, counter,
+):  # fmt: skip
+    """Claim groups of 16 rows of weights, one at a time, until there are no more.
+
+    rows, sums, factors, batches : of `Batch`, and its length; columns ... acc : of `Room`
+    """
+    amx.configure(told)
+    pieces = -(-cols // _block(kernel)) * _planes(kernel)
+    while True:
+        group = simd.claim(counter, 1)
+        if group >= groups:
+            break
+        for first in range(0, pieces, _pieces(kernel)):
+            end = min(first + _pieces(kernel), pieces)
+            _unpack(kernel, codes, high, table, group, first, end, cols, columns)
+            _weigh(kernel, scale, zero, whole, group, first, end, pieces, rest, weights, zeros)
+            _add_pieces(kernel, rows, sums, factors, batches, first, end, columns, weights, zeros, dots, acc)
+        for row in range(out.shape[0]):
+            simd.store(out, (row * groups + group) * ROW_BYTES, simd.load_floats16(acc, row * ROW_BYTES))
+    amx.release()
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _add_pieces(kernel, rows, sums, factors, batches, first, end, columns, weights, zeros, dots, acc):
+    """Add pieces first to end to the sums of all rows of activations.
+
+    While some pieces' dots are added, those of the next go from tiles to memory and those after them are begun. That
+    goes on from 16 rows of activations to the next, and begins again after the last, to no effect.
+    """
+    half, together = columns.size // 2, _together(kernel)
+    of_rows, of_factors = rows.size // batches, factors.size // batches * 4
+    of_step = together * _block_bytes(kernel)
+    steps = -(-(end - first) // together)
+    here, there = 0, dots.size * 2
+    _begin(kernel, rows, 0, columns, 0, half, first)
+    _put_down(kernel, dots, here)
+    ahead = 1 % steps
+    m_ahead = 1 // steps % batches
+    _begin(kernel, rows, m_ahead * of_rows, columns, ahead * of_step, half, first + ahead * together)
+    for m in range(batches):
+        total = _no_sums(kernel) if first == 0 else _load_sums(kernel, acc, m * TILE_BYTES)
+        for step in range(steps):
+            ahead += 1
+            if ahead == steps:
+                ahead = 0
+                m_ahead = (m_ahead + 1) % batches
+            total = _step(
+                kernel, rows, m_ahead * of_rows, columns, ahead * of_step, half, first + ahead * together, dots, there,
+                total, here, weights, zeros, step * together * ROW_BYTES, factors, sums, m * of_factors,
+                first + step * together,
+            )  # fmt: skip
+            here, there = there, here
+        _store_sums(kernel, total, acc, m * TILE_BYTES)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _unpack(kernel, codes, high, table, group, first, end, cols, columns):
+    """Pieces first to end as signed bytes. A block that is shorter leaves what was there, which meets zeros only."""
+    tables = tile.load_tables(kernel, table)
+    out = _chunk_bytes(kernel)
+    half = columns.size // 2
+    of_piece, of_group = _block(kernel) // _chunk(kernel), cols // _chunk(kernel) * _planes(kernel)
+    full = cols // _block(kernel) * _planes(kernel)  # pieces that are not shorter
+    at = group * of_group + first * of_piece
+    for i in range((min(end, full) - first) * of_piece):
+        _make_bytes(kernel, codes, high, at + i, tables, columns, i * out, half)
+    shorter = cols % _block(kernel) // _chunk(kernel)
+    for piece in range(max(first, full), end):
+        at = group * of_group + full * of_piece + (piece - full) * shorter
+        for i in range(shorter):
+            to = ((piece - first) * of_piece + i) * out
+            _make_bytes(kernel, codes, high, at + i, tables, columns, to, half)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _weigh(kernel, scale, zero, whole, group, first, end, pieces, rest, weights, zeros):
+    """The numbers beside pieces first to end; 0 where there is no piece, so that nothing is added."""
+    for piece in range(first, end):
+        at = group * _planes(kernel) + piece % _planes(kernel) if _per_row(kernel) else group * pieces + piece
+        _make_weights(
+            kernel, scale, at * _scale_bytes(kernel), zero, at * ROWS, whole, group * ROW_BYTES, rest,
+            weights, zeros, (piece - first) * ROW_BYTES,
+        )  # fmt: skip
+    for piece in range(end - first, -(-(end - first) // _together(kernel)) * _together(kernel)):
+        simd.store(weights, piece * ROW_BYTES, simd.zero_floats())
+
+
+# ---------------------------------------------------------------- the doors
+
+
+@cache
+def _kernel(form: Form) -> Kernel:
+    return Kernel(form)
+
+
+def fits(how: Tiling) -> bool:
+    """Whether there is a kernel for this tiling."""
+    return tile.fits(how) and how.block % 4 == 0
+
+
+def pays(how: Tiling, batch: int) -> bool:
+    """Whether so many rows of activations are multiplied faster here than by `tile_products`.
+
+    Tiles are 16 rows high, and a block's dots go through memory, which few columns do not make up for.
+    """
+    return batch >= next(least for block, least in LEAST.items() if how.block >= block)
+
+
+def multiply(tiles: Tiles, x: Activations, out: npt.NDArray[np.float32]) -> None:
+    """Multiply every row of activations with every row of weights; call it only where `amx.available()`.
+
+    Every result is that of `tile_products.multiply`, however many threads there are.
+
+    Parameters
+    ----------
+    tiles : of a tiling that `fits`
+    x : as many columns, and blocks of them, as the tiles have
+    out : (batch, 16 * groups) float32, C-contiguous, which is overwritten
+
+    Raises
+    ------
+    LayoutError
+        If there is no kernel for the tiling, or an array's dtype or shape is not what the tiles need.
+    """
+    tile._check(tiles, x, out)
+    if not out.size:
+        return
+    form, rest, table = _form(tiles)
+    kernel, batch, told = _kernel(form), _batch(form, x), amx.configuration(form.depth * form.size)
+    parts = (tiles.codes, tiles.high, tiles.scale, tiles.zero, tiles.whole, table)
+    weights = [_unwritable(a) for a in parts]
+    counter = np.zeros(1, np.int64)
+
+    def work() -> None:
+        room = _room(form, len(batch.rows))
+        _multiply(
+            kernel, *weights, tiles.groups, tiles.cols, np.int32(rest), told,
+            *batch, len(batch.rows), *room, out, counter,
+        )  # fmt: skip
+
+    threads.share(work, tiles.groups)
+
+
+def _unwritable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Mapped files and other arrays are of one type then, and need one kernel."""
+    view = array.view(np.ndarray)
+    view.flags.writeable = False
+    return view
+
+
+def _form(tiles: Tiles) -> tuple[Form, int, npt.NDArray[np.uint8]]:
+    """What the kernel is compiled for, what is left of the bias, and the table. What does not matter is the same."""
+    how = tiles.how
+    exponent, nan = (tiles.exponent, tiles.nan) if how.scale == "e8m0" else (0, False)
+    if (
+        how.block <= ROW_BYTES // 2
+        and not how.zero
+        and sum(how.widths) <= 6
+        and how.codes in ("direct", "table", "wide")
+    ):
+        table = _bfloats(how.codes, sum(how.widths), tiles.table.tobytes(), tiles.bias)
+        if table is not None:
+            return Form(how._replace(codes="wide"), exponent, nan, 0, False, True), 0, table
+    shift, rest = _signed(tiles)
+    table = tiles.table if len(tiles.table) else tile.NO_TABLE
+    return Form(how, exponent, nan, shift, how.zero or rest != 0, False), rest, table
+
+
+@lru_cache(maxsize=256)
+def _bfloats(codes: str, width: int, table: bytes, bias: int) -> npt.NDArray[np.uint8] | None:
+    """The number of every code as bfloat16: 64 low bytes, then 64 high ones; None if one is none.
+
+    Dots of blocks that are so short are whole numbers below 2**24, so float32 has them.
+    """
+    code = np.arange(1 << width)
+    low, high = np.frombuffer(table, np.uint8).reshape(-1, 64)[:, code].astype(np.int64) if table else (code, code)
+    number = {"direct": code, "table": low, "wide": low + 256 * high}[codes] - bias
+    bits = number.astype("<f4").view("<u4")
+    if (bits & 0xFFFF).any() or abs(number).max() > 1024:
+        return None
+    halves = [np.tile((bits >> shift).astype(np.uint8), 64 // len(code)) for shift in (16, 24)]
+    return np.concatenate(halves)
+
+
+def _signed(tiles: Tiles) -> tuple[int, int]:
+    """What is taken off each byte to make it signed, and what of the bias is left then."""
+    how = tiles.how
+    if how.codes == "wide":
+        return 128, tiles.bias - 128 - 256 * 128
+    low, high = 0, (1 << min(8, sum(how.widths))) - 1
+    if len(tiles.table):
+        low, high = int(tiles.table.min()), int(tiles.table.max())
+    if low - tiles.bias >= -128 and high - tiles.bias <= 127:
+        return tiles.bias % 256, 0
+    shift = 128 if high > 127 else 0
+    return shift, tiles.bias - shift
+
+
+def _batch(form: Form, x: Activations) -> Batch:
+    """Activations by 16 rows; what is not there is zero."""
+    (height, cols), blocks, block = x.q.shape, x.sums.shape[1], form.how.block
+    tall, width = -(-height // ROWS), form.deep * form.depth
+    q: npt.NDArray[Any] = x.q.astype("<f4").view("<u2")[:, 1::2] if form.floats else x.q
+    given = q
+    if (height, cols, block) != (tall * ROWS, blocks * block, width):
+        q = np.zeros((tall * ROWS, blocks, width), given.dtype)
+        whole = cols // block
+        q[:height, :whole, :block] = given[:, : whole * block].reshape(height, whole, block)
+        if whole < blocks:
+            q[:height, whole, : cols - whole * block] = given[:, whole * block :]
+    beside = [np.zeros((tall * ROWS, blocks), a.dtype) for a in (x.sums, x.scale)]
+    for padded, values in zip(beside, (x.sums, x.scale), strict=True):
+        padded[:height] = values
+    more = blocks + form.together  # what a step of pieces may read past the last
+    rows = _room_for((tall, more, form.deep, ROWS, form.depth), q.dtype)
+    rows[:, :blocks] = q.reshape(tall, ROWS, blocks, form.deep, form.depth).transpose(0, 2, 3, 1, 4)
+    rows[:, blocks:] = 0
+    numbers = [_room_for((tall, more, ROWS), a.dtype) for a in beside]
+    for out, padded in zip(numbers, beside, strict=True):
+        out[:, :blocks] = padded.reshape(tall, ROWS, blocks).transpose(0, 2, 1)
+        out[:, blocks:] = 0
+    return Batch(rows.view(np.int8), *numbers)
+
+
+def _room(form: Form, tall: int) -> Room:
+    columns = form.pieces * form.how.block * ROWS * form.size + TILE_BYTES
+    return Room(
+        _room_for((2, columns), np.int8),
+        _room_for((form.pieces, ROWS), np.float32),
+        _room_for((form.pieces, ROWS), np.int32),
+        _room_for((2, form.tiles, ROWS, ROWS), np.int32),
+        _room_for((tall, ROWS, ROWS), np.float32),
+    )
+
+
+def _room_for(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """An array without content that begins at a multiple of 64 bytes."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    whole = np.empty(size + ROW_BYTES, np.uint8)
+    start = -whole.ctypes.data % ROW_BYTES
+    return whole[start : start + size].view(dtype).reshape(shape)
