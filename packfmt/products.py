@@ -52,10 +52,10 @@ class Product:
     beside: tuple[npt.NDArray[np.int64], Floats] | None
 
     def __call__(self, x: Floats) -> Floats:
-        """(batch, cols) float32 -> (batch, rows) float32."""
-        out = np.zeros((len(x), self.shape[0]), F32)
-        if not x.size or not out.size:
-            return out
+        """(batch, cols) float32, C-contiguous -> (batch, rows) float32."""
+        if not x.size or not self.shape[0]:
+            return np.zeros((len(x), self.shape[0]), F32)
+        out = np.empty((len(x), self.shape[0]), F32)
         if self.layout.hadamard:
             from packfmt.kernels import hadamard
 
@@ -107,17 +107,21 @@ def multiply(ready: Product, x: Array, rows: tuple[int, ...], threads: int | Non
     PackfmtError
         If `threads` is not a whole number of 1 to 256.
     """
-    from packfmt.kernels import threads as pool
-
     name, cols = ready.layout.name, ready.shape[1]
     if not isinstance(x, np.ndarray) or not x.dtype.name.startswith(("float", "bfloat")):
         found = f"{x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
         raise LayoutError(f"{name}: activations of {found}, needs an array of a float dtype")
     if not x.ndim or x.shape[-1] != cols:
         raise LayoutError(f"{name}: activations of shape {x.shape}, needs (..., {cols})")
-    with np.errstate(over="ignore"):
-        flat = np.ascontiguousarray(x, F32).reshape(prod(x.shape[:-1]), cols)
-    with pool.limit(threads):
+    if x.dtype != F32:
+        with np.errstate(over="ignore"):
+            x = x.astype(F32)
+    flat = np.ascontiguousarray(x).reshape(prod(x.shape[:-1]), cols)
+    if threads is None:
+        return ready(flat).reshape(*x.shape[:-1], *rows)
+    from packfmt.kernels.threads import limit
+
+    with limit(threads):
         return ready(flat).reshape(*x.shape[:-1], *rows)
 
 

@@ -43,7 +43,7 @@ def run(arguments: list[str] | None = None) -> int:
     from packfmt.cli.options import app
     from packfmt.errors import MismatchError, PackfmtError, PlanError
 
-    for room in ("making", "reading"):  # each adds its commands to the application
+    for room in ("making", "reading", "benching"):  # each adds its commands to the application
         import_module(f"packfmt.cli.{room}")
     arguments = sys.argv[1:] if arguments is None else arguments
     try:

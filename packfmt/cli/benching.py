@@ -1,0 +1,170 @@
+"""The command that measures: bench."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from packfmt.cli import GOOD
+from packfmt.cli.options import Json, app
+
+if TYPE_CHECKING:
+    from packfmt.bench.report import Row, Wanted
+
+NOBODY = "none"
+QUIET = 0.9  # of the time that threads which read memory should have had their processors
+
+
+@app.command()
+def bench(
+    layouts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="LAYOUT...",
+            help="default: sherry, tq2_0, tq1_0, mxfp4, nvfp4, q4_0, q8_0, bf16",
+            show_default=False,
+        ),
+    ] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="ROWSxCOLS", help="of the weight; default: 4096x4096")
+    ] = None,
+    batches: Annotated[
+        list[int] | None, typer.Option("--batch", metavar="N", min=1, help="rows of activations; default: 1")
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option("--threads", metavar="N", min=1, max=256, help="default: 1, and all that there are"),
+    ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer", metavar="NAME", help="numpy, torch, onnxruntime, ggml, ggml-repack or none; default: all"
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(metavar="S", min=0.001, help="to time each contestant in each row")] = 0.5,
+    warm: Annotated[bool, typer.Option("--warm", help="one copy of the weights, which a cache may hold")] = False,
+    footprint: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="copies of each one's weights that take turns; default: more than any cache"),
+    ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="draw speed against bits per weight: a .png or .svg")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Measure products on this machine. Each layout's time and share of the memory's speed, beside installed peers."""
+    from packfmt.bench import LAYOUTS, SHAPE, measure, report
+    from packfmt.cli import show
+
+    if warm and footprint:
+        raise typer.BadParameter("one copy has no footprint; give one of --warm and --footprint", param_hint="--warm")
+    wanted = report.Wanted(
+        list(dict.fromkeys(layouts or LAYOUTS)),
+        [_shape(text) for text in dict.fromkeys(shapes or [])] or [SHAPE],
+        sorted(set(batches or [1])),
+        sorted(set(threads or measure.thread_counts())),
+        _chosen(peers),
+        seconds,
+        0 if warm else _bytes(footprint) if footprint else measure.footprint(),
+    )
+    if plot:
+        from packfmt.bench import plot as drawing
+
+        drawing.check(plot)
+    rows = list(report.rows(wanted, lambda text: print(f"{text}: measured", file=sys.stderr)))
+    machine = report.machine(wanted.peers)
+    if json:
+        settings = {"seconds": seconds, "footprint_bytes": wanted.footprint, "warm": warm}
+        show.as_json({"machine": machine, **settings, "rows": [row.to_json() for row in rows]})
+    else:
+        _tables(rows, wanted.peers)
+        _legend(rows, wanted, machine)
+    if plot:
+        drawing.draw(rows, plot)
+        print(f"the plot is in {plot}", file=sys.stderr)
+    return GOOD
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """4096x4096 -> (4096, 4096)."""
+    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
+    if not found:
+        raise typer.BadParameter(f"{text!r} is not ROWSxCOLS, such as 4096x4096", param_hint="--shape")
+    return int(found[1]), int(found[2])
+
+
+def _bytes(text: str) -> int:
+    """2GB, 500MB -> bytes; units are powers of 1000."""
+    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*([kMG]?)B?", text)
+    if not found or not float(found[1]):
+        raise typer.BadParameter(f"{text!r} is not a size such as 2GB or 500MB", param_hint="--footprint")
+    return int(float(found[1]) * 1000 ** " kMG".index(found[2] or " "))
+
+
+def _chosen(names: Sequence[str] | None) -> list[str]:
+    """The peers by name, in the order of the table."""
+    from packfmt.bench.peers import PEERS
+
+    for name in names or []:
+        if name not in (*PEERS, NOBODY):
+            there = f"no peer is called {name!r}; there are {', '.join(PEERS)}, and {NOBODY}"
+            raise typer.BadParameter(there, param_hint="--peer")
+    return [name for name in PEERS if not names or name in names]
+
+
+def _tables(rows: Sequence[Row], peers: Sequence[str]) -> None:
+    """A table for each shape, batch and number of threads."""
+    from itertools import groupby
+
+    from packfmt.bench.report import read_speed, setting, title
+    from packfmt.cli import show
+
+    ggml = any(name.startswith("ggml") for name in peers)
+    heads = ("layout", "bits/weight", "us", "25 %", "75 %", "GB/s", "% of read", *peers, *(["ggml's type"] * ggml))
+    for _, some in groupby(sorted(rows, key=setting), setting):
+        group = list(some)
+        print(f"{title(group[0])}; reading alone: {read_speed(group) / 1e9:.3g} GB/s")
+        show.table(heads, [_line(row, peers, ggml) for row in group])
+        print()
+
+
+def _line(row: Row, peers: Sequence[str], ggml: bool) -> list[str]:
+    time = row.ours.timing
+    times = [f"{1e6 * t:.{1 if time.seconds < 1e-4 else 0}f}" for t in (time.seconds, time.low, time.high)]
+    speed = [f"{row.speed / 1e9:.1f}", f"{100 * row.speed / row.read:.0f}"]
+    ratios = ["" if (ratio := row.ratio(name)) is None else f"{ratio:.2f}" for name in peers]
+    kinds = {e.kind: 0 for e in row.peers if e.name.startswith("ggml")}
+    return [row.ours.kind, f"{row.ours.bits_per_weight:.4g}", *times, *speed, *ratios, *[" ".join(kinds)] * ggml]
+
+
+def _legend(rows: Sequence[Row], wanted: Wanted, machine: Mapping[str, Any]) -> None:
+    """What the columns mean, what was measured, and why some cells are blank."""
+    from statistics import median
+
+    from packfmt.cli import show
+
+    versions = (f"{name} {number}" for name, number in machine["versions"].items())
+    print(f"{machine['processor']}, {machine['cpus']} allowed; {', '.join(versions)}")
+    print("us: microseconds of one product, the median, with quartiles; GB/s: of the weights as held for products")
+    if wanted.peers:
+        print(f"{', '.join(wanted.peers)}: their time over packfmt's; above 1 packfmt is faster")
+    if wanted.footprint:
+        print(f"weights out of cache: each contestant's copies, used in turn, make {show.size(wanted.footprint)}")
+    else:
+        print("one copy of each contestant's weights; a cache may hold it")
+    fewest = min(row.threads for row in rows)  # more may wait for each other
+    if (had := median(row.had for row in rows if row.threads == fewest)) < QUIET:
+        print(f"other work was going on: a thread had a processor {had:.0%} of the time; a quiet machine is faster")
+    if fewest == 1:
+        print("what one thread does is timed while it has a processor, what several do by the clock on the wall")
+    if machine.get("ggml"):
+        print(f"ggml {' '.join(machine['ggml'])}")
+    why = {name: list(dict.fromkeys(r.absent[name] for r in rows if name in r.absent)) for name in wanted.peers}
+    for name, reasons in why.items():
+        if reasons:
+            print(f"blank: {name}: {'; '.join(reasons)}")
