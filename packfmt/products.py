@@ -97,6 +97,22 @@ def product(layout: Layout, shape: Shape, components: Arrays, batch: int = 1) ->
     return Product(layout, components, shape, _in_tiles(tile, shape, kernel, beside), replaced(layout, shape, beside))
 
 
+def disagree(layout: Layout, shape: Shape, components: Arrays) -> int:
+    """How many rows of a weight its tiling multiplies to other bits than plain loops over its steps do.
+
+    Both take the same random activations. 0 for layouts without a tiling, whose numbers are decoded.
+    """
+    ready = product(layout, shape, components)
+    of = meaning(layout, shape)
+    if of is None or tilings.base(ready.layout.name) == ready.layout.name:  # decoded, or plain itself
+        return 0
+    parts = placement.unpack(layout, shape, components)
+    plain = Product(layout, components, shape, _plain(layout, shape, parts, of), replaced(layout, shape, parts))
+    x = np.random.default_rng(0).standard_normal((1, shape[1]), F32)
+    a, b = ready(x), plain(x)
+    return int(((a.view(np.uint32) != b.view(np.uint32)) & ~(np.isnan(a) & np.isnan(b))).sum())
+
+
 def multiply(ready: Product, x: Array, rows: tuple[int, ...], threads: int | None = None) -> Floats:
     """Activations of any leading shape times a weight of (*rows, cols): (..., *rows) float32.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from packfmt import checkpoint, grids, placement
+from packfmt import checkpoint, grids, placement, products
 from packfmt.checkpoint import Checkpoint
 from packfmt.codec import Array, PackedTensor, dense_dtype, dense_values, is_float
 from packfmt.errors import ContainerError, LayoutError, MismatchError
@@ -136,12 +136,17 @@ def tensor_findings(tensor: PackedTensor) -> list[tuple[str, str]]:
     return found
 
 
-def laws(tensor: PackedTensor) -> list[str]:
-    """The laws that a tensor breaks: pack(unpack(bytes)) == bytes, and decoding gives numbers."""
+def laws(tensor: PackedTensor, with_products: bool = False) -> list[str]:
+    """The laws that a tensor breaks: pack(unpack(bytes)) == bytes, and decoding gives numbers.
+
+    with_products : also that its products by the fastest kernel have the bits that plain loops give
+    """
     try:
         broken = [message for rule, message in tensor_findings(tensor) if rule == "PF121"]
         if not dense_dtype(tensor.layout) and not np.isfinite(tensor.decode()).all():
             broken.append("decodes to numbers that are not finite")
+        if with_products and (bad := products.disagree(tensor.layout, tensor.matrix, tensor.components)):
+            broken.append(f"{bad} of {tensor.matrix[0]} rows are multiplied to other bits than by plain loops")
     except LayoutError as error:
         return [str(error)]
     return broken

@@ -40,7 +40,7 @@ LAW = {
     "codecs": "layout minifloat placement spellings grids meaning tilings retiling codec kernels",
     "exporters": "layout codec plan",
     "checkpoint": "layout placement grids codec plan codecs exporters",
-    "verify": "layout placement grids codec plan codecs exporters checkpoint kernels",
+    "verify": "layout placement grids products codec plan codecs exporters checkpoint kernels",
     "conversion": "layout placement grids codec plan codecs exporters checkpoint kernels verify",
     "bench": "layout codec codecs prepared kernels",
     "hub": "layout codec plan codecs exporters checkpoint conversion verify",

@@ -165,7 +165,7 @@ def verify(
     base: Base = None,
     json: Json = False,
 ) -> int:
-    """Check the laws on a real file. Unpacking and packing give the same bytes; weights are numbers."""
+    """Check the laws on a real file. Unpacking and packing give the same bytes, weights are numbers, products exact."""
     from contextlib import ExitStack
 
     from packfmt import checkpoint
@@ -179,7 +179,7 @@ def verify(
         origin = stack.enter_context(checkpoint.open(against)) if against else None
         for name in show.watched(model, quiet=json):
             tensor = model[name]
-            broken, error = laws.laws(tensor), None
+            broken, error = laws.laws(tensor, with_products=True), None
             if origin is not None and name not in origin.index:
                 broken.append(f"not in {against}")
             elif origin is not None and origin.index[name].shape != tensor.shape:

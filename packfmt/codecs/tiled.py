@@ -42,7 +42,7 @@ def codec(name: str) -> Codec:
     shape = block["rows"], lcm(block["cols"], BLOCK)
     found = tilings.tile(base.layout, shape, form)
     if found is None:
-        raise PlanError(f"{name}: {_why_not(base.layout, shape, form)}; products take {of} itself")
+        raise PlanError(f"{name}: {_why_not(base.layout, shape, form)}; use {of} itself")
     layout = replace(found.layout, sources=base.layout.sources)
     encoders = {rule: partial(_tiled, base=base, rule=rule, layout=layout, form=form) for rule in base.encoders}
     fast = {rule: partial(_at_once, base=base, rule=rule, form=form) for rule in base.fast}
@@ -52,7 +52,7 @@ def codec(name: str) -> Codec:
 def _why_not(layout: Layout, shape: tuple[int, int], form: str) -> str:
     """Why a layout has no tiling of this form, in words."""
     if meaning(layout, shape) is None:
-        return f"{layout.name} has no tiling, for its numbers are no whole steps times scales"
+        return f"{layout.name} has no tiling, for products take it as numbers, not as whole steps"
     if form:
         return f"{layout.name} has no such tiling, which is for codes of four weights"
     return f"{layout.name} has no tiling, for no tile holds its codes or groups"
@@ -68,5 +68,5 @@ def _tiled(
     weight: np.ndarray, *, base: Codec, rule: str, layout: Layout, form: str, **more: Any
 ) -> dict[str, np.ndarray]:
     """The parts of the tiling, from those of the format."""
-    components = placement.pack(base.layout, weight.shape, base.encoders[rule](weight, **more))
-    return placement.unpack(layout, weight.shape, retiling.tiled(base.layout, weight.shape, components, form))
+    packed = base.encode(weight, rule, **more)
+    return placement.unpack(layout, weight.shape, retiling.tiled(base.layout, weight.shape, packed.components, form))

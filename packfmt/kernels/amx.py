@@ -8,7 +8,8 @@ have the registers, and they work. The last is not certain where the other two h
 announce what it does not run, and then the first instruction kills the process. So a child process tries it, and
 the answer is written down for all later processes.
 
-Source: Intel SDM volume 1, chapter 18 (325462-084); Linux Documentation/arch/x86/xstate.rst (6.12)
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual (LDTILECFG, TDPBSSD, TILELOADD, TILESTORED);
+Linux, Documentation/arch/x86/xstate.rst and arch/x86/include/uapi/asm/prctl.h
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from numba.extending import intrinsic
 
 from packfmt.kernels import simd
 
-NEEDED = {"amx-tile", "amx-int8", "amx-bf16", "avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2", "avx512vnni"}
+NEEDED = {"amx-tile", "amx-int8", "avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2", "avx512vnni"}
 ROWS = 16  # of a tile
 ROW_BYTES = 64
 TILES = 8

@@ -12,7 +12,8 @@ dot: a whole number times the sum of the activations. So are zero points. Number
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -29,8 +30,9 @@ from packfmt.kernels.tile_products import Activations, Tiles, Tiling
 
 DOT_TILES: Final = 4
 TILE_BYTES: Final = ROWS * ROW_BYTES
-CHUNK: Final = 1024  # columns that are made bytes at a time: 16 kB
-LEAST: Final = {128: 12, 32: 32, 0: 64}  # columns of a block: rows of activations from which on this way is faster
+CHUNK: Final = 512  # columns that are made bytes at a time: 8 kB, and as much of 16 rows of activations
+# columns of a block, and rows of activations from which on this way was found to be faster
+LEAST: Final = {128: 16, 64: 32, 32: 48, 0: 128}
 SOURCES: Final = (__file__, amx.__file__, tile.__file__)  # Numba sees no edit of what a kernel imports
 VERSION: Final = sha256(b"".join(Path(name).read_bytes() for name in SOURCES)).hexdigest()[:12]
 
@@ -41,7 +43,6 @@ class Form(NamedTuple):
     exponent, nan : of Tiles
     shift : the numbers of `tile_products`, which are unsigned, become signed bytes by taking it off
     corrects : whether something times the sum of the activations is taken off each dot
-    floats : whether numbers are bfloat16 and dots float32. Then `how` has them in two tables, of low and high bytes
     """
 
     how: Tiling
@@ -49,7 +50,6 @@ class Form(NamedTuple):
     nan: bool
     shift: int
     corrects: bool
-    floats: bool
     version: str = VERSION
 
     @property
@@ -70,12 +70,7 @@ class Form(NamedTuple):
     @property
     def parts(self) -> int:
         """Products that make one: of low bytes, and of high ones."""
-        return 2 if self.how.codes == "wide" and not self.floats else 1
-
-    @property
-    def size(self) -> int:
-        """Bytes of a number."""
-        return 2 if self.floats else 1
+        return 2 if self.how.codes == "wide" else 1
 
     @property
     def tiles(self) -> int:
@@ -100,13 +95,13 @@ class Form(NamedTuple):
     @property
     def pieces(self) -> int:
         """Pieces that are made bytes at a time."""
-        return max(1, CHUNK // (self.how.block * self.size * self.together)) * self.together
+        return max(1, CHUNK // (self.how.block * self.together)) * self.together
 
 
 class Batch(NamedTuple):
     """Activations by 16 rows, the last of which are filled with zeros; so are blocks, to whole steps of pieces.
 
-    rows : (batch / 16, blocks, deep, 16, depth * size) int8
+    rows : (batch / 16, blocks, deep, 16, depth) int8
     sums : (batch / 16, blocks, 16) int32
     factors : (batch / 16, blocks, 16) float32
     """
@@ -119,7 +114,7 @@ class Batch(NamedTuple):
 class Room(NamedTuple):
     """What one thread works in.
 
-    columns : (parts, pieces * block * 16 * size) int8, and what a tile may read past the end
+    columns : (parts, pieces * block * 16) int8, and what a tile may read past the end
     weights : (pieces, 16) float32
     zeros : (pieces, 16) int32, what is taken off times the sum of the activations
     dots : (2, tiles, 16, 16) int32
@@ -147,8 +142,6 @@ _pieces = known(lambda form: form.pieces)
 _together = known(lambda form: form.together)
 _per_row = known(lambda form: int(form.how.per_row))
 _corrects = known(lambda form: int(form.corrects))
-_chunk_bytes = known(lambda form: form.chunk * ROWS * form.size)
-_block_bytes = known(lambda form: form.how.block * ROWS * form.size)
 _scale_bytes = known(lambda form: tile.SCALES[form.how.scale] * ROWS)
 
 
@@ -180,23 +173,9 @@ def _make_bytes(write, form, codes, high, index, tables, out, to, half):
         loaded.append([write.load_bytes64(array, write.plus(at, ROW_BYTES * i)) for i in range(form.vectors(which))])
     less = write.same_byte(np.uint8(form.shift))
     for step, code in enumerate(tile.steps_of(write, form, *loaded)):
-        numbers = tile.numbers_of(write, form, code, write.unpack(tables))
-        if form.floats:
-            for i, pairs in enumerate(_pairs(write, *map(write.as_ints, numbers))):
-                write.store(out, write.plus(to, ROW_BYTES * (2 * step + i)), pairs)
-            continue
-        for i, number in enumerate(numbers):
+        for i, number in enumerate(tile.numbers_of(write, form, code, write.unpack(tables))):
             here = Typed(types.intp, build.add(to.value, half.value)) if i else to
             write.store(out, write.plus(here, ROW_BYTES * step), write.sub(number, less))
-
-
-def _pairs(write: Writer, low: Typed, high: Typed) -> list[Typed]:
-    """Low and high bytes of four numbers of each row -> two of its numbers a dword, in order."""
-    both, upper = write.same_int(0x00FF00FF), write.same_int(-0x10000)
-    even = write.or_(write.and_(low, both), write.shift_left(write.and_(high, both), 8))
-    odd = write.or_(write.and_(write.shift_right(low, 8), both), write.and_(high, write.same_int(-0x00FF0100)))
-    first = write.or_(write.and_(even, write.same_int(0xFFFF)), write.shift_left(odd, 16))
-    return [first, write.or_(write.shift_right(even, 16), write.and_(odd, upper))]
 
 
 @part(lambda form: types.void)
@@ -226,16 +205,15 @@ def _into_tile(write: Writer, form: Form, number: int, ahead: _Ahead) -> None:
     build = write.builder
     t, part = divmod(number, form.parts)
     block = build.udiv(build.add(ahead.piece.value, INDEX(t)), INDEX(form.how.planes))
-    width = form.depth * form.size
-    a = build.add(ahead.rows_at.value, build.mul(block, INDEX(form.deep * ROWS * width)))
+    a = build.add(ahead.rows_at.value, build.mul(block, INDEX(form.deep * ROWS * form.depth)))
     b = build.add(ahead.columns_at.value, build.mul(ahead.half.value, INDEX(part)))
     one, other = 4 + number % 2, 6 + number % 2
     instruct(build, "tilezero", number)
     for d in range(form.deep):
-        more = t * form.how.block * form.size * ROWS + d * TILE_BYTES
-        instruct(build, "tileloadd64", one, _pointer(write, ahead.rows, a, d * ROWS * width), INDEX(width))
+        more = t * form.how.block * ROWS + d * TILE_BYTES
+        instruct(build, "tileloadd64", one, _pointer(write, ahead.rows, a, d * ROWS * form.depth), INDEX(form.depth))
         instruct(build, "tileloadd64", other, _pointer(write, ahead.columns, b, more), INDEX(ROW_BYTES))
-        instruct(build, "tdpbf16ps" if form.floats else "tdpbssd", number, one, other)
+        instruct(build, "tdpbssd", number, one, other)
 
 
 def _out_of_tile(write: Writer, number: int, dots: Typed, to: Typed) -> None:
@@ -289,15 +267,14 @@ def _step(
         for i in range(ROWS):
             of_row = write.plus(of_block, 4 * i)
             there = write.plus(at, number * TILE_BYTES + ROW_BYTES * i)
-            dot = write.load_floats16(dots, there) if form.floats else write.load_ints16(dots, there)
+            dot = write.load_ints16(dots, there)
             if form.parts == 2:
                 high = write.load_ints16(dots, write.plus(there, TILE_BYTES))
                 dot = write.add(dot, write.shift_left(high, 8))
             if less:
                 dot = write.sub(dot, write.mul(less, write.as_ints(write.broadcast4(sums, of_row))))
-            dot = dot if form.floats else write.to_float(dot)
             a = write.as_floats(write.as_ints(write.broadcast4(factors, of_row)))
-            made[i] = write.addf(made[i], write.mulf(dot, write.mulf(w, a)))
+            made[i] = write.addf(made[i], write.mulf(write.to_float(dot), write.mulf(w, a)))
     return made
 
 
@@ -338,7 +315,7 @@ def _add_pieces(kernel, rows, sums, factors, batches, first, end, columns, weigh
     """
     half, together = columns.size // 2, _together(kernel)
     of_rows, of_factors = rows.size // batches, factors.size // batches * 4
-    of_step = together * _block_bytes(kernel)
+    of_step = together * _block(kernel) * ROWS
     steps = -(-(end - first) // together)
     here, there = 0, dots.size * 2
     _begin(kernel, rows, 0, columns, 0, half, first)
@@ -366,7 +343,7 @@ def _add_pieces(kernel, rows, sums, factors, batches, first, end, columns, weigh
 def _unpack(kernel, codes, high, table, group, first, end, cols, columns):
     """Pieces first to end as signed bytes. A block that is shorter leaves what was there, which meets zeros only."""
     tables = tile.load_tables(kernel, table)
-    out = _chunk_bytes(kernel)
+    out = _chunk(kernel) * ROWS  # bytes that a chunk becomes
     half = columns.size // 2
     of_piece, of_group = _block(kernel) // _chunk(kernel), cols // _chunk(kernel) * _planes(kernel)
     full = cols // _block(kernel) * _planes(kernel)  # pieces that are not shorter
@@ -434,15 +411,17 @@ def multiply(tiles: Tiles, x: Activations, out: npt.NDArray[np.float32]) -> None
     tile._check(tiles, x, out)
     if not out.size:
         return
-    form, rest, table = _form(tiles)
-    kernel, batch, told = _kernel(form), _batch(form, x), amx.configuration(form.depth * form.size)
+    form, rest = _form(tiles)
+    kernel, batch, told = _kernel(form), _batch(form, x), amx.configuration(form.depth)
+    table = tiles.table if len(tiles.table) else tile.NO_TABLE
     parts = (tiles.codes, tiles.high, tiles.scale, tiles.zero, tiles.whole, table)
     weights = [_unwritable(a) for a in parts]
     counter = np.zeros(1, np.int64)
+    multiply_all: Callable[..., None] = _multiply
 
     def work() -> None:
         room = _room(form, len(batch.rows))
-        _multiply(
+        multiply_all(
             kernel, *weights, tiles.groups, tiles.cols, np.int32(rest), told,
             *batch, len(batch.rows), *room, out, counter,
         )  # fmt: skip
@@ -457,38 +436,11 @@ def _unwritable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return view
 
 
-def _form(tiles: Tiles) -> tuple[Form, int, npt.NDArray[np.uint8]]:
-    """What the kernel is compiled for, what is left of the bias, and the table. What does not matter is the same."""
-    how = tiles.how
-    exponent, nan = (tiles.exponent, tiles.nan) if how.scale == "e8m0" else (0, False)
-    if (
-        how.block <= ROW_BYTES // 2
-        and not how.zero
-        and sum(how.widths) <= 6
-        and how.codes in ("direct", "table", "wide")
-    ):
-        table = _bfloats(how.codes, sum(how.widths), tiles.table.tobytes(), tiles.bias)
-        if table is not None:
-            return Form(how._replace(codes="wide"), exponent, nan, 0, False, True), 0, table
+def _form(tiles: Tiles) -> tuple[Form, int]:
+    """What the kernel is compiled for, and what is left of the bias. What does not matter is always the same."""
     shift, rest = _signed(tiles)
-    table = tiles.table if len(tiles.table) else tile.NO_TABLE
-    return Form(how, exponent, nan, shift, how.zero or rest != 0, False), rest, table
-
-
-@lru_cache(maxsize=256)
-def _bfloats(codes: str, width: int, table: bytes, bias: int) -> npt.NDArray[np.uint8] | None:
-    """The number of every code as bfloat16: 64 low bytes, then 64 high ones; None if one is none.
-
-    Dots of blocks that are so short are whole numbers below 2**24, so float32 has them.
-    """
-    code = np.arange(1 << width)
-    low, high = np.frombuffer(table, np.uint8).reshape(-1, 64)[:, code].astype(np.int64) if table else (code, code)
-    number = {"direct": code, "table": low, "wide": low + 256 * high}[codes] - bias
-    bits = number.astype("<f4").view("<u4")
-    if (bits & 0xFFFF).any() or abs(number).max() > 1024:
-        return None
-    halves = [np.tile((bits >> shift).astype(np.uint8), 64 // len(code)) for shift in (16, 24)]
-    return np.concatenate(halves)
+    exponent, nan = (tiles.exponent, tiles.nan) if tiles.how.scale == "e8m0" else (0, False)
+    return Form(tiles.how, exponent, nan, shift, tiles.how.zero or rest != 0), rest
 
 
 def _signed(tiles: Tiles) -> tuple[int, int]:
@@ -509,30 +461,32 @@ def _batch(form: Form, x: Activations) -> Batch:
     """Activations by 16 rows; what is not there is zero."""
     (height, cols), blocks, block = x.q.shape, x.sums.shape[1], form.how.block
     tall, width = -(-height // ROWS), form.deep * form.depth
-    q: npt.NDArray[Any] = x.q.astype("<f4").view("<u2")[:, 1::2] if form.floats else x.q
-    given = q
+    q = x.q
     if (height, cols, block) != (tall * ROWS, blocks * block, width):
-        q = np.zeros((tall * ROWS, blocks, width), given.dtype)
+        q = np.zeros((tall * ROWS, blocks, width), np.int8)
         whole = cols // block
-        q[:height, :whole, :block] = given[:, : whole * block].reshape(height, whole, block)
+        q[:height, :whole, :block] = x.q[:, : whole * block].reshape(height, whole, block)
         if whole < blocks:
-            q[:height, whole, : cols - whole * block] = given[:, whole * block :]
+            q[:height, whole, : cols - whole * block] = x.q[:, whole * block :]
     beside = [np.zeros((tall * ROWS, blocks), a.dtype) for a in (x.sums, x.scale)]
-    for padded, values in zip(beside, (x.sums, x.scale), strict=True):
-        padded[:height] = values
+    for padded, given in zip(beside, (x.sums, x.scale), strict=True):
+        padded[:height] = given
     more = blocks + form.together  # what a step of pieces may read past the last
-    rows = _room_for((tall, more, form.deep, ROWS, form.depth), q.dtype)
-    rows[:, :blocks] = q.reshape(tall, ROWS, blocks, form.deep, form.depth).transpose(0, 2, 3, 1, 4)
-    rows[:, blocks:] = 0
-    numbers = [_room_for((tall, more, ROWS), a.dtype) for a in beside]
-    for out, padded in zip(numbers, beside, strict=True):
+    batch = Batch(
+        _room_for((tall, more, form.deep, ROWS, form.depth), np.int8),
+        _room_for((tall, more, ROWS), np.int32),
+        _room_for((tall, more, ROWS), np.float32),
+    )
+    batch.rows[:, :blocks] = q.reshape(tall, ROWS, blocks, form.deep, form.depth).transpose(0, 2, 3, 1, 4)
+    for out, padded in zip((batch.sums, batch.factors), beside, strict=True):
         out[:, :blocks] = padded.reshape(tall, ROWS, blocks).transpose(0, 2, 1)
         out[:, blocks:] = 0
-    return Batch(rows.view(np.int8), *numbers)
+    batch.rows[:, blocks:] = 0
+    return batch
 
 
 def _room(form: Form, tall: int) -> Room:
-    columns = form.pieces * form.how.block * ROWS * form.size + TILE_BYTES
+    columns = form.pieces * form.how.block * ROWS + TILE_BYTES
     return Room(
         _room_for((2, columns), np.int8),
         _room_for((form.pieces, ROWS), np.float32),

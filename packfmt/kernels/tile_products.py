@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
 from numba import njit, types
 
 from packfmt.errors import LayoutError
@@ -39,6 +40,7 @@ AHEAD = 4096  # bytes; what will be read after so many is asked for
 AT_ONCE: Final = 1 << 17  # bytes of codes, or as much work with a batch, that a thread claims
 LEAST: Final = 1 << 18  # likewise, for which another thread is worth its while
 NO_TABLE: Final = np.zeros(128, np.uint8)
+INT: Final = ir.IntType(32)
 
 
 class Tiling(NamedTuple):
@@ -201,9 +203,14 @@ def load_tables(write, form, table):
 
 
 @part(lambda form: types.UniTuple(simd.Ints16, form.batch * form.sums))
-def _start(write, form, starts, at):
+def _start(write, form, sums, at, bias):
     """Sums of a block's products: what the bias takes off, and zeros that the following sums begin with."""
-    rows = [write.as_ints(write.broadcast4(starts, write.plus(at, 4 * i))) for i in range(form.batch)]
+    build, rows = write.builder, []
+    for i in range(form.batch):
+        four = write.as_ints(write.broadcast4(sums, write.plus(at, 4 * i)))
+        first = build.extract_element(four.value, INT(0))
+        less = build.neg(build.mul(first, build.trunc(bias.value, INT)))
+        rows.append(write.same_int(Typed(types.int32, less)))
     return rows + [write.zero_ints() for _ in range(form.batch * (form.sums - 1))]
 
 
@@ -343,14 +350,33 @@ def _store(write, form, acc, out, at, stride, count):
 
 @njit(cache=True, nogil=True)
 def _multiply(
-    kernel, codes, high, scale, zero, whole, table, groups, cols, q, starts, sums, factors, out, counter, at_once
+    kernel,
+    codes,
+    high,
+    scale,
+    zero,
+    whole,
+    table,
+    bias,
+    groups,
+    cols,
+    blocks,
+    batch,
+    q,
+    sums,
+    factors,
+    out,
+    counter,
+    at_once,
 ):
     """Multiply groups of rows, so many at once, as long as there are any that nobody has claimed.
 
-    q : (parts of the batch, cols / 4, rows of a part) int32, four int8 each
-    starts, sums, factors : (parts, blocks, rows of a part)
+    Rows of the batch that are multiplied together make a part of it, and lie side by side:
+    q : four int8 of each row, for each four columns of each part
+    sums, factors : one of each row, for each block of each part
     """
-    parts, blocks, batch = factors.shape[0], factors.shape[1], _batch(kernel)
+    width = _batch(kernel)
+    parts = (batch + width - 1) // width
     pieces = cols // _chunk(kernel)  # of a row of a plane
     scales = _planes(kernel) if _per_row(kernel) else _planes(kernel) * blocks  # of a row
     stride = 4 * ROWS * groups
@@ -366,19 +392,19 @@ def _multiply(
                 scale_at = group * scales
                 acc = _zeros(kernel)
                 for block in range(blocks):
-                    block_at = 4 * batch * (one * blocks + block)
+                    block_at = 4 * width * (one * blocks + block)
                     here = _pieces(kernel)
                     if _per_row(kernel):
                         scale_at = group * scales
                         here = min(here, pieces - block * here)
                     for _plane in range(_planes(kernel)):
-                        q_at = batch * (one * cols + block * _block(kernel))
-                        dots = _start(kernel, starts, block_at)
+                        q_at = width * (one * cols + block * _block(kernel))
+                        dots = _start(kernel, sums, block_at, bias)
                         for _piece in range(here):
                             dots = _add(kernel, dots, codes, at, high, high_at, q, q_at, tables)
                             at += _code_bytes(kernel)
                             high_at += _high_bytes(kernel)
-                            q_at += batch * _chunk(kernel)
+                            q_at += width * _chunk(kernel)
                         # fmt: off
                         acc = _finish(
                             kernel, acc, dots, sums, factors, block_at, scale, scale_at * _scale_bytes(kernel),
@@ -386,7 +412,7 @@ def _multiply(
                         )
                         # fmt: on
                         scale_at += 1
-                _store(kernel, acc, out, one * batch * stride + group * 4 * ROWS, stride, out.shape[0] - one * batch)
+                _store(kernel, acc, out, one * width * stride + group * 4 * ROWS, stride, batch - one * width)
 
 
 @njit(cache=True, nogil=True)
@@ -405,47 +431,73 @@ def _read(buffer, size, out):
 
 
 def multiply(tiles: Tiles, x: Activations, out: Floats) -> None:
-    """Multiply every row of activations with every row of weights, on all threads where there is work for them.
+    """Multiply every row of activations with every row of weights: `Product`, for one product."""
+    Product(tiles)(x, out)
 
-    Every result is the same whatever the batch is, and however many threads there are.
 
-    Parameters
-    ----------
-    tiles : of a tiling that `fits`
-    x : as many columns, and blocks of them, as the tiles have
-    out : (batch, 16 * groups) float32, C-contiguous, which is overwritten
+class Product:
+    """Tiles that were looked at once, for many products.
+
+    After megabytes of weights nothing of Python is in the cache: what need not be done for each product matters.
 
     Raises
     ------
     LayoutError
         If there is no kernel for the tiling, or an array's dtype or shape is not what the tiles need.
     """
-    batch = len(x.q)
-    check(tiles, x, out)
-    if not out.size:
-        return
-    parts = -(-batch // BATCHES[-1])
-    width = next(b for b in BATCHES if b * parts >= batch)
-    kernel = _kernel(_form(tiles, width))
-    arrays = (tiles.codes, tiles.high, tiles.scale, tiles.zero, tiles.whole, tiles.table)
-    codes, high, scale, zero, whole, table = map(_of_one_type, arrays)
-    if not len(table):
-        table = NO_TABLE
-    q, sums, factors = (_side_by_side(a, parts, width) for a in (x.q.view(I32), x.sums, x.scale))
-    starts = sums * np.int32(-tiles.bias)
-    work = (codes.nbytes + high.nbytes) * -(-batch // 4)  # as if of so many bytes
-    at_once = max(1, AT_ONCE * tiles.groups // max(1, work))
-    counter = np.zeros(1, np.int64)
 
-    def call() -> None:
-        # fmt: off
-        _multiply(
-            kernel, codes, high, scale, zero, whole, table, tiles.groups, tiles.cols,
-            q, starts, sums, factors, out, counter, at_once,
-        )
-        # fmt: on
+    def __init__(self, tiles: Tiles) -> None:
+        check_tiles(tiles)
+        self.tiles = tiles
+        weights = (tiles.codes, tiles.high, tiles.scale, tiles.zero, tiles.whole, tiles.table)
+        self.codes, self.high, self.scale, self.zero, self.whole, self.table = map(_of_one_type, weights)
+        if not len(self.table):
+            self.table = NO_TABLE
+        self.blocks = -(-tiles.cols // tiles.how.block)
+        self.nbytes = tiles.codes.nbytes + tiles.high.nbytes
+        self.kernels: dict[int, Kernel] = {}
 
-    threads.share(call, work // LEAST + 1)
+    def __call__(self, x: Activations, out: Floats) -> None:
+        """Multiply every row of activations with every row of weights, on all threads where there is work for them.
+
+        Every result is the same whatever the batch is, and however many threads there are.
+
+        Parameters
+        ----------
+        x : as many columns, and blocks of them, as the tiles have
+        out : (batch, 16 * groups) float32, C-contiguous, which is overwritten
+
+        Raises
+        ------
+        LayoutError
+            If an array's dtype or shape is not what the tiles need.
+        """
+        tiles, batch = self.tiles, len(x.q)
+        check_activations(tiles, x, out)
+        if not out.size:
+            return
+        parts = -(-batch // BATCHES[-1])
+        width = next(b for b in BATCHES if b * parts >= batch)
+        kernel = self.kernels.get(width) or self.kernels.setdefault(width, _kernel(_form(tiles, width)))
+        q, sums, factors = map(_of_one_type, x)
+        if width > 1:
+            q, sums, factors = (_side_by_side(a, parts, width) for a in (q.view(I32), sums, factors))
+        work = self.nbytes * -(-batch // 4)  # as if of so many bytes
+        at_once = max(1, AT_ONCE * tiles.groups // max(1, work))
+        counter = np.zeros(1, np.int64)
+
+        def call() -> None:
+            # fmt: off
+            _multiply(
+                kernel, self.codes, self.high, self.scale, self.zero, self.whole, self.table, tiles.bias,
+                tiles.groups, tiles.cols, self.blocks, batch, q, sums, factors, out, counter, at_once,
+            )
+            # fmt: on
+
+        if work < LEAST:
+            call()
+        else:
+            threads.share(call, work // LEAST + 1)
 
 
 def read(buffer: Bytes) -> int:
@@ -498,8 +550,6 @@ def _of_one_type(array: Any) -> npt.NDArray[Any]:
 def _side_by_side(values: npt.NDArray[Any], parts: int, width: int) -> npt.NDArray[Any]:
     """(batch, n) -> (parts, n, width): what belongs to rows that are multiplied together; missing rows are zero."""
     batch, n = values.shape
-    if width == 1:
-        return _of_one_type(values).reshape(parts, n, 1)
     if batch < parts * width:
         values = np.concatenate([values, np.zeros((parts * width - batch, n), values.dtype)])
     return np.ascontiguousarray(values.reshape(parts, width, n).transpose(0, 2, 1))
@@ -535,19 +585,29 @@ F32, U8, I8, I32 = (np.dtype(name) for name in ("<f4", "u1", "i1", "<i4"))
 PARTS: Final = ("codes", "high", "scale", "zero", "whole", "table")
 
 
-def check(tiles: Tiles, x: Activations, out: Floats) -> None:
-    """Refuse arrays of which a kernel would read or write what is not theirs.
+def check_tiles(tiles: Tiles) -> None:
+    """Refuse tiles of which a kernel would read what is not theirs.
 
     Raises
     ------
     LayoutError
-        As `multiply`.
+        If there is no kernel for the tiling, or an array's dtype or shape is not what the tiles need.
     """
-    batch, blocks = len(x.q), -(-tiles.cols // tiles.how.block)
     sizes = _needs(tiles.how, tiles.groups, tiles.cols)
     weights = (tiles.codes, tiles.high, tiles.scale, tiles.zero, tiles.whole, tiles.table)
     for name, array, size in zip(PARTS, weights, sizes, strict=False):
         _check_one(name, array, F32 if name == "whole" else U8, (size,))
+
+
+def check_activations(tiles: Tiles, x: Activations, out: Floats) -> None:
+    """Refuse activations and results that do not belong to tiles.
+
+    Raises
+    ------
+    LayoutError
+        If an array's dtype or shape is not what the tiles need, or `out` may not be written.
+    """
+    batch, blocks = len(x.q), -(-tiles.cols // tiles.how.block)
     _check_one("q", x.q, I8, (batch, tiles.cols))
     _check_one("sums", x.sums, I32, (batch, blocks))
     _check_one("scale of activations", x.scale, F32, (batch, blocks))
@@ -562,4 +622,6 @@ def _check_one(name: str, array: Any, dtype: np.dtype[Any], shape: tuple[int, ..
         raise LayoutError(f"{name} is {array.dtype} {array.shape}{how}, needs {dtype} {shape}, contiguous")
 
 
-_check = check  # TODO: remove when amx_products calls `check`
+def _check(tiles: Tiles, x: Activations, out: Floats) -> None:  # TODO: remove when amx_products calls the two above
+    check_tiles(tiles)
+    check_activations(tiles, x, out)
