@@ -179,11 +179,14 @@ def _decoded_in_lanes(tile: Tile, shape: Shape, flat: Arrays, beside: Arrays) ->
         how, codes, high, scale, zero, whole,
         tile.table, tile.bias, tile.exponent, tile.nan, tile.unit, groups, len(tile.order),
     )  # fmt: skip
-    squares = amx_products.fits(how)
+    squares, in_vectors = amx_products.fits(how), tile_products.Product(tiles)
 
     def multiply(x: Whole, out: Floats) -> None:
-        many = squares and amx_products.pays(how, len(out)) and amx.available()
-        (amx_products if many else tile_products).multiply(tiles, tile_products.Activations(*x), out)
+        whole_numbers = tile_products.Activations(*x)
+        if len(out) > 1 and squares and amx_products.pays(how, len(out)) and amx.available():
+            amx_products.multiply(tiles, whole_numbers, out)
+        else:
+            in_vectors(whole_numbers, out)
 
     return multiply
 

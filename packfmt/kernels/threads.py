@@ -98,7 +98,9 @@ def share(work: Callable[[], None], most: int) -> None:
     The caller's own call must do all there is if no other begins: work claims its items one by one. Work within
     work is called once, by the thread that asks. Returns when all calls have, or then raises what one raised.
     """
-    helpers = 0 if getattr(_here, "busy", False) else min(count(), most) - 1
+    if most < 2 or getattr(_here, "busy", False):
+        return work()
+    helpers = min(count(), most) - 1
     if helpers < 1:
         return work()
     task = _Task(work, helpers)

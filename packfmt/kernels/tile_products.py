@@ -37,8 +37,8 @@ WIDTHS = ((1,), (2,), (4,), (8,), (2, 1), (4, 1), (4, 2), (5,))
 SCALES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1, "e4m3": 1, "ue4m3": 1}  # bytes of one
 BATCHES = (1, 2, 4, 8)  # rows of activations that one pass over a group's codes may serve
 AHEAD = 4096  # bytes; what will be read after so many is asked for
-AT_ONCE: Final = 1 << 17  # bytes of codes, or as much work with a batch, that a thread claims
-LEAST: Final = 1 << 18  # likewise, for which another thread is worth its while
+CLAIMS: Final = 32  # parts of the work that threads claim, one by one: a late thread just takes fewer
+LEAST: Final = 1 << 18  # bytes of codes, or as much work with a batch, that are worth another thread's while
 NO_TABLE: Final = np.zeros(128, np.uint8)
 INT: Final = ir.IntType(32)
 
@@ -483,7 +483,7 @@ class Product:
         if width > 1:
             q, sums, factors = (_side_by_side(a, parts, width) for a in (q.view(I32), sums, factors))
         work = self.nbytes * -(-batch // 4)  # as if of so many bytes
-        at_once = max(1, AT_ONCE * tiles.groups // max(1, work))
+        at_once = max(1, tiles.groups // CLAIMS)
         counter = np.zeros(1, np.int64)
 
         def call() -> None:
@@ -620,8 +620,3 @@ def _check_one(name: str, array: Any, dtype: np.dtype[Any], shape: tuple[int, ..
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         how = "" if array.flags.c_contiguous else ", not contiguous"
         raise LayoutError(f"{name} is {array.dtype} {array.shape}{how}, needs {dtype} {shape}, contiguous")
-
-
-def _check(tiles: Tiles, x: Activations, out: Floats) -> None:  # TODO: remove when amx_products calls the two above
-    check_tiles(tiles)
-    check_activations(tiles, x, out)
