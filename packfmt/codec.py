@@ -79,9 +79,25 @@ class PackedTensor:
         """The layout's parts: codes, scale ... (`placement.unpack`)."""
         return placement.unpack(self.layout, self.matrix, self.components)
 
-    def decode(self) -> npt.NDArray[np.float32]:
-        """The weight as float32, in its logical shape, by the formula of the layout's grid."""
-        return fused.decode(self.layout, self.matrix, self.components).reshape(self.shape)
+    def decode(self, dtype: str = "float32", out: Array | None = None) -> Array:
+        """The weight in its logical shape, by the formula of the layout's grid.
+
+        dtype : "float32", or "bfloat16", to which the float32 numbers are rounded, half to even
+        out : C-contiguous array of the weight's shape to write to instead of a new one; its dtype counts
+
+        Raises
+        ------
+        LayoutError
+            If `out` is another array, or there is no such dtype here.
+        """
+        if dtype not in ("float32", "bfloat16"):
+            raise LayoutError(f"{self.layout.name}: decoding to {dtype!r}, needs float32 or bfloat16")
+        if out is not None and (out.shape != self.shape or not out.flags.carray):
+            raise LayoutError(f"{self.layout.name}: out is {out.shape}, needs a writable C-contiguous {self.shape}")
+        if out is None and dtype == "bfloat16":
+            out = np.empty(self.shape, dtype_of(dtype))
+        target = None if out is None else out.reshape(self.matrix)
+        return fused.decode(self.layout, self.matrix, self.components, target).reshape(self.shape)
 
     def matmul(self, x: Array, threads: int | None = None) -> npt.NDArray[np.float32]:
         """The product of the weight with activations, by the canonical sums (spec/products.md).

@@ -294,6 +294,9 @@ def apply(step: Step, tensor: PackedTensor, importance: Array | None = None, pea
         return tensor
     if step.action in ("repack", RESCALE):
         return tensor.repack(step.layout, rounded_reciprocal=step.action == RESCALE and not step.lossless)
+    if step.action == "decode" and step.layout.name == "bf16":
+        values = tensor.decode("bfloat16").reshape(tensor.matrix)
+        return PackedTensor(step.layout, tensor.shape, {"values": values}, step.dtype)
     weight = _weight(tensor)
     if step.layout.name == "f64":
         values = weight.astype(np.float64).reshape(DENSE["f64"].shapes(*tensor.matrix)["values"])
