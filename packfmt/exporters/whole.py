@@ -24,20 +24,21 @@ def whole_file(path: Path, check: Check | None = None) -> Iterator[BinaryIO]:
         If another run's partial file is in the way.
     """
     partial = _partial(path)
+    # An interrupt may fall between the making of the file and anything that knows of it.
+    mine = not partial.exists()
     try:
-        file = partial.open("x+b")
-    except FileExistsError as error:
-        raise _in_the_way(partial) from error
-    try:
-        with file:
+        with partial.open("x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if check:
             check(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, FileExistsError) and not mine:
+            raise _in_the_way(partial) from error
+        if mine:
+            partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -49,11 +50,9 @@ def whole_folder(path: Path, check: Check | None = None) -> Iterator[Path]:
     An existing folder at `path` is replaced: it is set aside, and deleted when the new one has its name.
     """
     partial, aside = _partial(path), path.with_name(path.name + ".replaced")
+    mine = not partial.exists()  # as in `whole_file`
     try:
         partial.mkdir()
-    except FileExistsError as error:
-        raise _in_the_way(partial) from error
-    try:
         yield partial
         sync_folder(partial)
         if check:
@@ -61,8 +60,11 @@ def whole_folder(path: Path, check: Check | None = None) -> Iterator[Path]:
         if path.exists():
             os.replace(path, aside)
         os.replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if isinstance(error, FileExistsError) and not mine:
+            raise _in_the_way(partial) from error
+        if mine:
+            shutil.rmtree(partial, ignore_errors=True)
         if aside.exists() and not path.exists():
             os.replace(aside, path)
         raise

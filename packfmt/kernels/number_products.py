@@ -14,13 +14,17 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.core.imputils import lower_constant
 from numba.extending import intrinsic, models, overload, register_model, typeof_impl
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import simd, threads
 from packfmt.kernels.simd import (
+    add,
     addf,
+    and_,
+    as_ints,
     bfloat_to_float,
     half_to_float,
     load_bytes64,
@@ -28,7 +32,9 @@ from packfmt.kernels.simd import (
     load_ints16,
     load_shorts16,
     mulf,
+    or_,
     prefetch,
+    same_byte,
     same_float,
     same_int,
     select_less,
@@ -42,6 +48,7 @@ Array = npt.NDArray[Any]
 LANES = 64  # of a sum
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}  # of a weight
 LEAST_BYTES = 1 << 19  # of weights, times the batch: worth a thread
+TOP_BITS = np.uint32(0x80808080)  # of four bytes
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 # Columns of 64 in the order of lanes: one after the other, or even and odd ones of each half.
 IN_ORDER = np.arange(LANES, dtype=np.int32)
@@ -204,6 +211,17 @@ def _folded(typing, v):
 
 
 @intrinsic
+def _any_bits(typing, v):
+    """The bits that any lane has."""
+
+    def code(context, builder, signature, args):
+        kind = ir.FunctionType(ir.IntType(32), [args[0].type])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.or.v16i32"), args)
+
+    return types.uint32(simd.Ints16), code
+
+
+@intrinsic
 def _halves(typing, v, kind):
     """64 codes of 8 bits as float16, in the order of the lanes of `_in_lanes`: UniTuple(Shorts16, 4).
 
@@ -347,10 +365,14 @@ def _none_among_of(marker, codes, first, cols):
         return lambda marker, codes, first, cols: False
 
     def look(marker, codes, first, cols):
-        top = np.uint8(0)
-        for code in codes[first : first + cols]:
-            top = max(top, np.uint8(code & np.uint8(0x7F)))
-        return top == np.uint8(0x7F)
+        magnitude, one, found = same_byte(np.uint8(0x7F)), same_byte(np.uint8(1)), same_byte(np.uint8(0))
+        whole = first + cols // LANES * LANES
+        for i in range(first, whole, LANES):  # what 1 more brings to the top bit is 0x7f
+            found = or_(found, add(and_(load_bytes64(codes, i), magnitude), one))
+        top = _any_bits(as_ints(found)) & TOP_BITS
+        for i in range(whole, first + cols):
+            top |= np.uint32(np.uint8(codes[i] & np.uint8(0x7F)) == np.uint8(0x7F))
+        return top != 0
 
     return look
 
