@@ -16,6 +16,7 @@ import numpy as np
 from packfmt.bench import INSTALL, Array, Contestant, Floats, Size, repeat, weight_strip
 from packfmt.codec import PackedTensor
 from packfmt.errors import MachineError
+from packfmt.kernels import threads as sharing
 
 BITS, BLOCK = 4, 32  # of onnxruntime's MatMulNBits
 INT8_ACTIVATIONS = 4  # its accuracy_level; the fastest of them, and what packfmt's own products do
@@ -51,17 +52,21 @@ class Packed:
         self.nbytes = first.nbytes
         self.copies = size.copies(self.nbytes, self.kind)
         self._ready = [first, *(prepare(copied(packed)) for _ in range(self.copies - 1))]
+        self._limit = ExitStack()
 
     def begin(self, x: Floats, threads: int) -> None:
-        self._x, self._threads = x, threads
+        self._limit.close()
+        self._limit.enter_context(sharing.limit(threads))
+        self._x = x
 
     def call(self, turn: int) -> object:
-        return self._ready[turn % self.copies].matmul(self._x, threads=self._threads)
+        return self._ready[turn % self.copies].matmul(self._x)
 
     def answer(self, copy: int) -> Floats:
         return np.asarray(self.call(copy), np.float32)
 
     def close(self) -> None:
+        self._limit.close()
         self._ready.clear()
 
 
