@@ -121,7 +121,7 @@ class PackedTensor:
         PackfmtError
             If `threads` is not a whole number of 1 to 256.
         """
-        ready = products.product(self.layout, self.matrix, self.components, prod(x.shape[:-1]))
+        ready = products.product(self.layout, self.matrix, self.components, prod(np.shape(x)[:-1]))
         return products.multiply(ready, x, self.shape[:-1], threads)
 
     def repack(self, layout: Layout, rounded_reciprocal: bool = False) -> PackedTensor:

@@ -28,6 +28,7 @@ LEAST_GROUP: Final = 4  # columns that share a scale
 BLOCK: Final = 256  # columns of a dot at most
 BESIDE: Final = frozenset({"perm", "columns", "column_values"})  # parts that change which activations a code meets
 PLAIN: Final = frozenset({"affine", "quotient", "levels", "table", "scaled", "augmented", "affine_zero", "planes"})
+SEVERAL: Final = frozenset({"quads", "quads_in_fives", "base3", "plane_base3", "pairs", "tl2"})  # weights a code
 AFFINE: Final = frozenset({"affine", "quotient", "affine_zero", "planes"})
 
 
@@ -65,10 +66,11 @@ def _meaning(layout: Layout, shape: Shape) -> Meaning | None:
     if not needs <= parts.keys() <= needs | BESIDE or layout.streams or parts["codes"].bits > MOST_BITS:
         return None
     codes, scale = parts["codes"], parts["scale"]
-    group = _group(layout, shape)
-    if group and (group < LEAST_GROUP or shape[1] % group):
+    across = next(i for i, a in enumerate(layout.axes) if a.of == "cols")
+    if codes.share[0] > 1 or (codes.share[across] > 1 and grid.name not in SEVERAL):
         return None
-    if parts["scale"].shape[0] and shape[0] % parts["scale"].shape[0]:
+    group = _group(layout, shape)
+    if group and group < LEAST_GROUP:
         return None
     low = -(1 << codes.bits - 1) if codes.dtype.startswith(("i", "<i")) else 0
     count = 1 << codes.bits  # also those that no encoder writes
@@ -92,6 +94,10 @@ def _meaning(layout: Layout, shape: Shape) -> Meaning | None:
             return None
         ratio = params.pop("ratio", 0)
         known = spelling.steps(low, count, **params)
+        if grid.name in ("levels", "table"):
+            numbers = np.array(known, F32)
+            each = unit(numbers)
+            known = tuple((numbers / F32(each)).tolist()) if each else (0.5,)
         if any(s != int(s) for s in known) or type(ratio) is not int or ratio < 0:
             return None
         steps = tuple(int(s) for s in known)
@@ -100,7 +106,7 @@ def _meaning(layout: Layout, shape: Shape) -> Meaning | None:
         return None
     plus = max((a.plus for a in layout.axes if a.of == "cols" and a.per == 1), default=0)
     single = grid.name in PLAIN and grid.name != "affine_zero"
-    if low and single:  # codes in two's complement: the order of their bytes
+    if low and single and grid.name in AFFINE:  # codes in two's complement: the order of their bytes
         steps = steps[-low:] + steps[:-low]
     return Meaning(steps if single else (), each, planes, group, shape[1] + plus)
 
@@ -112,12 +118,8 @@ def _group(layout: Layout, shape: Shape) -> int:
         for a, s in zip(layout.axes, layout.fit(*shape).parts["scale"].share, strict=True)
         if a.of == "cols" and a.per * a.extent({"cols": shape[1]}) >= shape[1]
     ]
-    group = share * axis.per
-    if group < shape[1]:
-        return group
-    more = layout.block["cols"] * BLOCK  # beyond what padding hides
-    wider = layout.fit(shape[0], shape[1] + more).parts["scale"].share[layout.axes.index(axis)] * axis.per
-    return group if wider == group else 0
+    met = {d.axis for _, m, digits in layout.members() if m.name == "scale" for d in digits}
+    return share * axis.per if axis.name in met else 0
 
 
 # ---------------------------------------------------------------- numbers of a tensor
@@ -141,7 +143,8 @@ def weight_scales(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> F
         else:
             found = scales(parts["scale"], of.planes, SPELLINGS[grid.name], params.get("ratio", 0))
             found = F32(1) / found if grid.name == "quotient" else found
-    return np.repeat(found, rows // max(1, len(found)), 0)
+    share = layout.fit(*shape).parts["scale"].share[0] * layout.axes[0].per
+    return found[np.arange(rows) // share] if len(found) < rows else found
 
 
 def _by_expert(stored: dict[str, Array], params: dict[str, str]) -> Floats:
@@ -173,6 +176,9 @@ def weight_steps(layout: Layout, parts: Arrays) -> npt.NDArray[np.int16]:
         return number_steps(params["element"]).astype(np.int16)[flat][:, None]
     params.pop("ratio", 0)
     trimmed = codes.reshape(codes.shape[:2]) if grid.name in PLAIN - {"planes"} else codes
+    if grid.name in ("levels", "table"):
+        numbers = np.array(params["values"], F32)
+        return (numbers / F32(unit(numbers))).astype(np.int16)[trimmed][:, None]
     return SPELLINGS[grid.name].read(trimmed, **params).astype(np.int16)
 
 

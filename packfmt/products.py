@@ -21,6 +21,7 @@ from packfmt.grids import scale_numbers
 from packfmt.layout import Codes, Component, Digit, Layout, Values
 from packfmt.meaning import BESIDE, BLOCK, Meaning, Shape, meaning, replaced, sources, weight_scales, weight_steps
 from packfmt.placement import Array, Arrays
+from packfmt.respelling import WRONG
 from packfmt.retiling import retile
 from packfmt.tilings import LANES, Tile
 
@@ -84,6 +85,15 @@ def product(layout: Layout, shape: Shape, components: Arrays, batch: int = 1) ->
     LayoutError
         If a component is not what the layout says, or its grid does not fit its parts.
     """
+    try:
+        return _product(layout, shape, components, batch)
+    except LayoutError:
+        raise
+    except WRONG as error:  # a description from a file may say anything
+        raise LayoutError(f"{layout.name}: grid {layout.grid.name!r} cannot take its parts: {error}") from error
+
+
+def _product(layout: Layout, shape: Shape, components: Arrays, batch: int) -> Product:
     if (of := meaning(layout, shape)) is None or not shape[0] or not shape[1]:
         return _numbers(layout, shape, components)
     tiled = retile(layout, shape, components, batch)
@@ -209,7 +219,12 @@ def _plain(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> Multiply
     steps, scale = weight_steps(layout, parts), weight_scales(layout, shape, parts, of)
     group = of.group or of.cols
     ends = np.array(
-        [e for g in range(0, of.cols, group) for e in (*range(g + BLOCK, g + group, BLOCK), g + group)], np.int32
+        [
+            min(e, of.cols)
+            for g in range(0, of.cols, group)
+            for e in (*range(g + BLOCK, min(of.cols, g + group), BLOCK), g + group)
+        ],
+        np.int32,
     )
     which = (ends - 1) // np.int32(group)
     source = sources(layout, shape, parts)
@@ -236,7 +251,7 @@ def _numbers(layout: Layout, shape: Shape, components: Arrays) -> Product:
     way = _as_they_are(stored, shape, components) or _decoded(stored, shape, components, source)
 
     def multiply(x: Floats, out: Floats) -> None:
-        way(x if source is None else np.where(source >= 0, x[:, source], F32(0)), out)
+        way(x if source is None else np.ascontiguousarray(np.where(source >= 0, x[:, source], F32(0))), out)
 
     return Product(layout, components, shape, multiply, replaced(layout, shape, parts))
 
@@ -269,7 +284,7 @@ def _as_they_are(layout: Layout, shape: Shape, components: Arrays) -> Multiply |
     scale = scale_numbers(parts, layout.grid["scale"], layout.grid["global_scale"])
     tall, wide = fitted.parts["scale"].share
     tall, wide = (0 if n == 1 else s for n, s in zip(scale.shape, (tall, wide), strict=True))
-    if wide % 16:
+    if wide % 32:
         return None
     return lambda x, out: number_products.multiply(weights, x, out, scale, (tall, wide))
 

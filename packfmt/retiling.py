@@ -199,6 +199,8 @@ def _reader(layout: Layout, shape: Shape, components: Arrays, tile: Tile) -> fus
     """What reads a code for each weight or quad, as the tile's grid has them; None if no kernel does."""
     if layout.grid.name not in READ or tile.added not in (None, 1):
         return None
+    if layout.grid.name == "quads" and tile.added is not None:  # a step for each weight, where the reader has quads
+        return None
     reader = fused.reader(layout)
     return reader(shape, components) if reader else None
 

@@ -24,6 +24,7 @@ from packfmt import minifloat
 from packfmt.errors import LayoutError
 from packfmt.layout import (
     BIT,
+    TOP,
     WORD,
     Axis,
     Codes,
@@ -119,7 +120,9 @@ def tile(layout: Layout, shape: Shape, form: str = "") -> Tile | None:
     form : "", or what holds quads for kernels that look them up (`kernels.lookup_products`): "words", "nibbles"
     """
     of = meaning(layout, shape)
-    if of is None or (of.group > BLOCK and of.group % BLOCK):
+    if of is None or (of.group > BLOCK and of.group % BLOCK) or (of.group and of.cols % of.group):
+        return None
+    if shape[0] % (layout.fit(*shape).parts["scale"].shape[0] or 1):
         return None
     held = _quads(layout, of, form) if form else _quads(layout, of) or _codes(layout, shape, of)
     if held is None:
@@ -355,11 +358,15 @@ def _as_stored(layout: Layout, axis: str, period: int) -> tuple[Run, int] | None
     inside = (*member.units, *member.fields) if isinstance(member, Codes) else member.digits
     mine = [d for d in (*home.over, *inside) if d.axis == axis]
     repeats = prod(d.size or 1 for d in mine) * min((d.stride for d in mine if d.stride), default=1)
+    if any(d.stride == TOP for d in mine):
+        return None
     bits = member.bits if isinstance(member, Codes) else 8
     period = period or lcm(repeats, CHUNK // bits if 8 % bits == 0 else 1)
-    placed = next(
-        c for c in layout.fit(layout.block["rows"], lcm(layout.block["cols"], period)).components if c.name == home.name
-    )
+    try:
+        fitted = layout.fit(layout.block["rows"], lcm(layout.block["cols"], period))
+    except LayoutError:  # a description may be for one width alone
+        return None
+    placed = next(c for c in fitted.components if c.name == home.name)
     (m,) = (m for m in placed.members if m.part == "codes")
     if 8 % m.bits or BLOCK % period or (home.ragged and period % repeats):
         return None

@@ -33,7 +33,7 @@ LAW = {
     "meaning": "layout minifloat placement spellings grids respelling",
     "tilings": "layout minifloat meaning",
     "retiling": "layout minifloat placement spellings fused meaning tilings kernels",
-    "products": "layout placement grids fused meaning tilings retiling kernels",
+    "products": "layout placement grids respelling fused meaning tilings retiling kernels",
     "codec": "layout placement grids respelling fused retiling products kernels",
     "prepared": "layout codec products",
     "plan": "layout codec",

@@ -449,7 +449,7 @@ def _signed(tiles: Tiles) -> tuple[int, int]:
     if how.codes == "wide":
         return 128, tiles.bias - 128 - 256 * 128
     low, high = 0, (1 << min(8, sum(how.widths))) - 1
-    if len(tiles.table):
+    if how.codes in ("table", "quads"):
         low, high = int(tiles.table.min()), int(tiles.table.max())
     if low - tiles.bias >= -128 and high - tiles.bias <= 127:
         return tiles.bias % 256, 0
