@@ -144,7 +144,8 @@ def weight_scales(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> F
             found = scales(parts["scale"], of.planes, SPELLINGS[grid.name], params.get("ratio", 0))
             found = F32(1) / found if grid.name == "quotient" else found
     share = layout.fit(*shape).parts["scale"].share[0] * layout.axes[0].per
-    return found[np.arange(rows) // share] if len(found) < rows else found
+    each: Floats = found[np.arange(rows) // share] if len(found) < rows else found
+    return each
 
 
 def _by_expert(stored: dict[str, Array], params: dict[str, str]) -> Floats:

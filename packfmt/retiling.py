@@ -118,7 +118,7 @@ def tiled(layout: Layout, shape: Shape, components: Arrays, form: str = "") -> D
             if form:
                 _bytes(out[name])[:] = _bytes(_side_by_side(rows, tilings.LOOKED_UP).transpose(0, 2, 1).copy())
             else:
-                retile.interleave_values(rows.view(np.uint8), _bytes(out[name]), 0, size, rows.shape[1], size)
+                retile.retile(rows.view(np.uint8), retile.Move(_bytes(out[name]), 0, size, size, rows.shape[1], size))
     return out | _others(shape, parts, tile)
 
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from packfmt.errors import LayoutError
 from packfmt.kernels import pages, retile, threads
 
+Bytes = np.ndarray
+
 pytestmark = pytest.mark.kernels
 
 
@@ -77,6 +79,16 @@ RECORDS = {
 }
 
 
+def interleave(source: Bytes, out: Bytes, size: int, first: int = 0, record: int = 0, blocks: int = 1) -> None:
+    """Codes alone."""
+    retile.retile(source, retile.Move(out, first, size, record or size, blocks))
+
+
+def interleave_values(source: Bytes, out: Bytes, first: int, record: int, count: int, itemsize: int) -> None:
+    """Scales alone."""
+    retile.retile(source, retile.Move(out, first, itemsize, record, count, itemsize))
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("name", RECORDS)
@@ -84,7 +96,7 @@ def test_dwords_of_codes_are_interleaved(name: str, blocks: int, rows: int) -> N
     before, size, behind = RECORDS[name]
     record = before + size + behind
     source, out = noise(rows, record * blocks), room(-(-rows // 16) * 16 * size * blocks)
-    retile.interleave(source, out, size, before, record, blocks)
+    interleave(source, out, size, before, record, blocks)
     assert out.tobytes() == slow_tiles(source, before, size, record, blocks, 4).tobytes()
 
 
@@ -93,7 +105,7 @@ def test_dwords_of_codes_are_interleaved(name: str, blocks: int, rows: int) -> N
 @pytest.mark.parametrize("record", [4, 7, 66])
 def test_values_of_records_are_interleaved(record: int, itemsize: int, rows: int) -> None:
     source, out = noise(rows, 5 * record), room(-(-rows // 16) * 16 * itemsize * 5)
-    retile.interleave_values(source, out, record - itemsize, record, 5, itemsize)
+    interleave_values(source, out, record - itemsize, record, 5, itemsize)
     assert out.tobytes() == slow_tiles(source, record - itemsize, itemsize, record, 5, itemsize).tobytes()
 
 
@@ -101,7 +113,7 @@ def test_values_of_records_are_interleaved(record: int, itemsize: int, rows: int
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 16, 31, 33])
 def test_values_that_touch_are_interleaved(count: int, itemsize: int) -> None:
     source, out = noise(35, count * itemsize), room(3 * 16 * count * itemsize)
-    retile.interleave_values(source, out, 0, itemsize, count, itemsize)
+    interleave_values(source, out, 0, itemsize, count, itemsize)
     assert out.tobytes() == slow_tiles(source, 0, itemsize, itemsize, count, itemsize).tobytes()
 
 
@@ -230,26 +242,26 @@ def test_memory_without_large_pages_is_as_good(monkeypatch) -> None:  # type: ig
 NO_BYTES = np.empty(0, np.uint8)
 REFUSED = {
     "no rows": (lambda: retile.retile(NO_BYTES), r"rows to tile are uint8 \(0,\), needs uint8 \(rows, row bytes\)"),
-    "no bytes": (lambda: retile.interleave(np.zeros((1, 4), "f4"), room(64), 4), "rows to tile are float32"),
+    "no bytes": (lambda: interleave(np.zeros((1, 4), "f4"), room(64), 4), "rows to tile are float32"),
     "beyond the row": (
-        lambda: retile.interleave(noise(1, 33), room(512), 32, 2),
+        lambda: interleave(noise(1, 33), room(512), 32, 2),
         "1 runs of 32 bytes, .* from byte 2 on, end at byte 34, rows have 33",
     ),
     "before the row": (
-        lambda: retile.interleave(noise(1, 33), room(512), 32, -1),
+        lambda: interleave(noise(1, 33), room(512), 32, -1),
         "from byte -1 on, end at byte 31, rows have 33",
     ),
-    "half a unit": (lambda: retile.interleave(noise(1, 33), room(512), 6), "6 bytes in units of 4, needs whole units"),
-    "no unit": (lambda: retile.interleave_values(noise(1, 33), room(512), 0, 3, 1, 3), "3 bytes in units of 3"),
+    "half a unit": (lambda: interleave(noise(1, 33), room(512), 6), "6 bytes in units of 4, needs whole units"),
+    "no unit": (lambda: interleave_values(noise(1, 33), room(512), 0, 3, 1, 3), "3 bytes in units of 3"),
     "small out": (
-        lambda: retile.interleave(noise(17, 8), room(128), 8),
+        lambda: interleave(noise(17, 8), room(128), 8),
         r"out is uint8 \(128,\), needs uint8 \(2, 128\)",
     ),
     "no memory of one's own": (
-        lambda: retile.interleave(noise(1, 4), np.frombuffer(bytes(64), np.uint8), 4),
+        lambda: interleave(noise(1, 4), np.frombuffer(bytes(64), np.uint8), 4),
         "out cannot be written to, needs memory of one's own",
     ),
-    "out of floats": (lambda: retile.interleave(noise(1, 4), np.zeros(64, "f4"), 4), r"out is float32 \(64,\)"),
+    "out of floats": (lambda: interleave(noise(1, 4), np.zeros(64, "f4"), 4), r"out is float32 \(64,\)"),
     "widths": (
         lambda: retile.pack_planes(noise(1, 1, 1, 32), room(64), NO_BYTES, (3,)),
         r"codes have widths \(3,\), needs one of \(1,\), \(2,\)",

@@ -4,8 +4,6 @@ In a tile the rows are lanes: vector d holds dword d (four bytes) of 16 rows, ro
 of 16 rows is one stretch of memory. Rows that fill up the last group are zeros.
 
     retile            bytes of rows, of any record around them: codes, scales, zero points in one pass
-    interleave        codes alone
-    interleave_values scales or zero points alone
     pack_planes       one code a byte -> fields of 1, 2, 4 or 8 bits, or of two such widths
     pack_quads        one code a byte -> a dense stream of 5 bits for each row
 
@@ -64,6 +62,7 @@ def retile(source: np.ndarray, *moves: Move) -> None:
     Parameters
     ----------
     source : (rows, row bytes) uint8; rows may lie apart
+    *moves : what goes where, one after the other
 
     Raises
     ------
@@ -98,26 +97,6 @@ def retile(source: np.ndarray, *moves: Move) -> None:
         for move, out in zip(moves, targets, strict=True):
             _retile(rest, move, out[direct:], 0, groups - direct)
     _settle([move.out for move in moves], targets)
-
-
-def interleave(
-    source: np.ndarray, out: np.ndarray, block_bytes: int, first: int = 0, record: int = 0, blocks: int = 1
-) -> None:
-    """out[g, b, d, r] = dword d of block b of row 16 g + r; other sizes as in `Move`, of which this makes one.
-
-    Parameters
-    ----------
-    source : (rows, row bytes) uint8; rows may lie apart
-    block_bytes : bytes of a block's codes, a multiple of 4
-    first : the byte of a row where its codes begin
-    record : bytes from block to block; 0: blocks touch
-    """
-    retile(source, Move(out, first, block_bytes, record or block_bytes, blocks))
-
-
-def interleave_values(source: np.ndarray, out: np.ndarray, first: int, record: int, count: int, itemsize: int) -> None:
-    """out[g, b, r] = the value of `itemsize` bytes of row 16 g + r, block b: one `Move`."""
-    retile(source, Move(out, first, itemsize, record, count, itemsize))
 
 
 def pack_planes(codes: np.ndarray, low: np.ndarray, high: np.ndarray, widths: tuple[int, ...]) -> None:
