@@ -270,8 +270,10 @@ def _as_they_are(layout: Layout, shape: Shape, components: Arrays) -> Multiply |
         lone = (
             len(c.members) == 1 and c.members[0].part == name and components[c.name].dtype.name in number_products.BYTES
         )
-        in_order = lone and tuple(d.axis for d in c.over) == rows_cols and all(d.stride == 1 for d in c.over)
-        if in_order and not c.members[0].units:
+        in_order = (
+            lone and tuple(d.axis for d in c.over) == rows_cols and all(d.stride == 1 and not d.reverse for d in c.over)
+        )
+        if in_order and not c.members[0].units and components[c.name].size == prod(shape):
             weights = components[c.name].reshape(shape)
             break
     else:

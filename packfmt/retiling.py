@@ -103,7 +103,7 @@ def tiled(layout: Layout, shape: Shape, components: Arrays, form: str = "") -> D
     read = None if "codes" in moved else _reader(layout, shape, components, tile)
     parts = placement.unpack(layout, shape, components, moved | {"codes"} if read else moved)  # checks all components
     if all(shape):
-        _move(moves, shape[0], components, out)
+        _move(moves, layout, shape, components, out)
         if read:
             _write_strips(read, shape[0], tile, out)
         elif "codes" not in moved:
@@ -170,7 +170,7 @@ def _same_scales(layout: Layout, shape: Shape, tile: Tile) -> bool:
 
 def _row_by_row(c: Placed, m: Member, tile: Tile) -> bool:
     """Whether a row is one stretch of bytes, in which columns count slowest, then planes, then what makes a run."""
-    if not c.over or (c.over[0].axis, c.over[0].stride) != ("rows", 1):
+    if not c.over or (c.over[0].axis, c.over[0].stride, c.over[0].reverse) != ("rows", 1, False):
         return False
     rest = [d for d in (*c.over[1:], *m.units) if d.size > 1]
     if any(d.axis == "rows" for d in (*rest, *m.fields)) or any(d.axis in (WORD, BIT) for d in rest):
@@ -183,11 +183,14 @@ def _row_by_row(c: Placed, m: Member, tile: Tile) -> bool:
     return kinds == sorted(kinds) and falling
 
 
-def _move(moves: list[tuple[str, str, int, int, int, int, int]], rows: int, components: Arrays, out: Dense) -> None:
+def _move(
+    moves: list[tuple[str, str, int, int, int, int, int]], layout: Layout, shape: Shape, components: Arrays, out: Dense
+) -> None:
     from packfmt.kernels import retile
 
+    stored = layout.fit(*shape).extents["rows"]  # with padding
     for name in {component for component, *_ in moves}:
-        source = np.ascontiguousarray(components[name]).view(np.uint8).reshape(rows, -1)
+        source = np.ascontiguousarray(components[name]).view(np.uint8).reshape(stored, -1)[: shape[0]]
         mine = (move[1:] for move in moves if move[0] == name)
         retile.retile(source, *(retile.Move(_bytes(out[part]), *numbers) for part, *numbers in mine))
 

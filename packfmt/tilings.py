@@ -214,7 +214,7 @@ class Held:
     def padded(self, whole: bool) -> tuple[Axis, ...]:
         """The axes with rows filled up, and columns, too, unless whole groups of them fill runs anyway."""
         pads = {a.name: self.lanes for a in self.axes if a.of == "rows"}
-        pads |= {} if whole else {self.axis: self.steps}
+        pads[self.axis] = 1 if whole else self.steps
         return tuple(replace(a, pad=pads.get(a.name, a.pad)) for a in self.axes)
 
     def components(self) -> Iterator[Component]:

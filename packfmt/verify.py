@@ -13,7 +13,7 @@ import numpy as np
 from packfmt import checkpoint, grids, placement, products
 from packfmt.checkpoint import Checkpoint
 from packfmt.codec import Array, PackedTensor, dense_dtype, dense_values, is_float
-from packfmt.errors import ContainerError, LayoutError, MismatchError
+from packfmt.errors import ContainerError, LayoutError, MismatchError, PlanError
 from packfmt.layout import DENSE
 
 Level = Literal["header", "structure", "data"]
@@ -100,8 +100,11 @@ def _structure(model: Checkpoint) -> Iterator[Finding]:
     from packfmt import codecs
 
     for layout in dict.fromkeys(i.layout for i in model.index.values() if i.layout is not None):
-        ours = DENSE.get(layout.name) or (codecs.get(layout.name).layout if codecs.known(layout.name) else None)
-        if ours is not None and ours.id != layout.id:
+        try:
+            ours = DENSE.get(layout.name) or codecs.get(layout.name).layout
+        except PlanError:  # no format of ours
+            continue
+        if ours.id != layout.id:
             message = f"layout {layout.name!r} has id {layout.id[:16]}, the installed one {ours.id[:16]}"
             yield Finding("PF113", str(model.path), message)
 

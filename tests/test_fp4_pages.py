@@ -14,7 +14,7 @@ from packfmt.codec import PackedTensor
 
 PAGES = (
     *("mx", "nvfp4", "nvfp4_experts", "fp4", "fp8", "minifloats", "packed_int"),
-    *("rotated", "outlier_channels", "arcquant"),
+    *("rotated", "outlier_channels", "arcquant", "tiled"),
 )
 F32 = np.float32
 ROWS_IN_WORDS = {"One": 1, "Two": 2, "Sixteen": 16}

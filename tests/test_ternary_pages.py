@@ -19,7 +19,8 @@ from packfmt.grids import findings
 
 PAGES = ("bitnet", "i2_s", "q1_0", "q2_0", "sherry", "tq1_0", "tq2_0", "trit_planes")
 NAMES = tuple(name for page in PAGES for name in codecs.FAMILIES.get(page, (page,)))
-MORE = ("mote_2", "tl1_32_8_32", "tl2_32_128_32_96")  # whose pages have tests of their own
+TILED = ("sherry_tile16", "sherry_words32", "sherry_s16_nibbles32", "tq2_0_tile16", "tq1_0_tile16", "ptqtp2_tile16")
+MORE = ("mote_2", "tl1_32_8_32", "tl2_32_128_32_96", *TILED)  # whose pages have tests of their own
 NUMBERS = {"One": 1, "Eight": 8}
 F32 = np.float32
 

@@ -412,6 +412,38 @@ def experts(count: int) -> Twin:
     return Twin(draw, base.write, weights, (count, base.least[1]))
 
 
+def side_by_side(array: Array, size: int) -> Array:
+    """(rows, any) elements -> for every 16 rows a line: the first `size` of each row, then the next. Zeros fill up."""
+    padded = np.pad(array, ((0, -len(array) % 16), (0, -array.shape[1] % size)))
+    lines = padded.reshape(len(padded) // 16, 16, -1, size).transpose(0, 2, 1, 3)
+    return lines.reshape(len(lines), -1)
+
+
+def fields(codes: Array, width: int) -> Array:
+    """Four columns in the low bits of four bytes, the next four above them; `width` bits of each code."""
+    fit = 8 // width
+    padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % (4 * fit)))) & (1 << width) - 1
+    fours = padded.reshape(len(codes), -1, fit, 4).astype(np.uint8)
+    packed: Array = (fours << (width * np.arange(fit, dtype=np.uint8))[:, None]).sum(2, dtype=np.uint8)
+    return packed.reshape(len(codes), -1)
+
+
+def tiled(of: str, *strings: Callable[[Array], Array], scale: Callable[[Array], Array] = as_they_are) -> Twin:
+    """<of>_tile16. `strings`: a row's bytes of codes, and those of the high bits if these are apart."""
+    base = BASES[of]
+
+    def write(parts: Parts) -> Stored:
+        names = ("codes", "codes_high")
+        out = {name: side_by_side(string(parts["codes"]), 4) for name, string in zip(names, strings, strict=False)}
+        out["scale"] = side_by_side(scale(parts["scale"]), 1)
+        if "zero" in parts:
+            out["zero"] = side_by_side(parts["zero"], 1)
+        return out | ({"global_scale": parts["global_scale"]} if "global_scale" in parts else {})
+
+    # A row of one scale may end anywhere.
+    return Twin(base.draw, write, base.weights, (1, 1 if of.endswith("_row") else base.least[1]))
+
+
 MXFP4 = Scaled("float4_e2m1fn", "float8_e8m0fnu", 1, 32)
 NVFP4 = partial(Scaled, "float4_e2m1fn", "float8_e4m3fn", 1, 16)
 E4M3_ = partial(Scaled, "float8_e4m3fn")
@@ -478,4 +510,12 @@ TWINS: dict[str, Twin] = {
     **{name: with_columns(name) for name in ("mxfp4_pairs_out2", "nvfp4_modelopt_out5")},
     "arcquant_64": arcquant(64),
     "nvfp4_x3": experts(3),
+    "mxfp4_pairs_tile16": tiled("mxfp4_pairs", pairs),
+    "nvfp4_modelopt_tile16": tiled("nvfp4_modelopt", pairs),
+    "nvfp4_tile16": tiled("nvfp4", partial(halves, block=16)),
+    "mxfp6_e2m3_tile16": tiled("mxfp6_e2m3", partial(fields, width=4), lambda codes: fields(codes >> 4, 2)),
+    "ct_int8_row_tile16": tiled("ct_int8_row", partial(fields, width=8), scale=upper),
+    "ct_int3_g32_asym_tile16": tiled(
+        "ct_int3_g32_asym", partial(fields, width=2), lambda codes: fields(codes >> 2, 1), scale=upper
+    ),
 }

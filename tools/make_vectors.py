@@ -179,6 +179,11 @@ def finite(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> npt.
     return halves if dtype == "<f2" else halves.astype("<f4") * np.float32(1.0009765625)
 
 
+def least_rows(name: str, usual: int) -> int:
+    """More than one tile has, of a tiling."""
+    return {"tile16": 19, "words32": 35, "nibbles32": 35}.get(name.rpartition("_")[2], usual)
+
+
 def made_by_twin(name: str, twin: Twin) -> Made:
     """Vectors of a format that tools/ternary_twin.py writes."""
     rng = np.random.default_rng(SEED)
@@ -194,7 +199,7 @@ def made_by_twin(name: str, twin: Twin) -> Made:
         call = f"numbers(TWINS[{name!r}], codes, scale)"
         out[f"{decoded}.f32"] = (numbers(twin, codes, scale), {**by, "call": call, "what": f"{kind} decoded"})
 
-    rows, cols = max(2, twin.least[0]), twin.least[1]
+    rows, cols = max(least_rows(name, 2), twin.least[0]), twin.least[1]
     if twin.encode:
         weight = few_weights(rng)
         call = "few_weights() of tools/make_vectors.py"
@@ -243,6 +248,7 @@ def made_of_parts() -> Made:
 NAMED_SHAPES = {
     **{name: (130, 136) for name in ("fp8_block", "fp8_block_bf16", "fp8_block_e8m0")},
     **{"nvfp4_rows": (32, 24), "nvfp4_swizzled": (128, 128), "arcquant_64": (6, 128)},
+    "ct_int8_row_tile16": (19, 70),
 }
 
 
@@ -268,7 +274,7 @@ def drawn_parts(name: str) -> tuple[fp4_twin.Twin, fp4_twin.Parts]:
     """Any codes and finite scales of a format."""
     one = fp4_twin.TWINS[name]
     cols = one.least[1] * max(1, 128 // one.least[1])
-    rows, cols = NAMED_SHAPES.get(name, (max(6, one.least[0]), cols))
+    rows, cols = NAMED_SHAPES.get(name, (max(least_rows(name, 6), one.least[0]), cols))
     return one, one.draw(rows, cols, np.random.default_rng(SEED))
 
 

@@ -276,6 +276,60 @@ def tl2(codes: Array, scale: Array, bm: int, bk: int) -> Stored:
     return {"codes": out, "scale": scale.reshape(-1)}
 
 
+# ---------------------------------------------------------------- 16 or 32 rows side by side
+
+
+def side_by_side(raw: Array, size: int, lanes: int) -> Array:
+    """(rows, any) elements -> for every `lanes` rows a line: the first `size` of each, then the next. Zeros fill up."""
+    padded = np.pad(raw, ((0, -len(raw) % lanes), (0, 0)))
+    lines = padded.reshape(len(padded) // lanes, lanes, -1, size).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(lines).reshape(len(lines), -1)
+
+
+def tiled(codes: Array, scale: Array, string: Callable[[Array], Array], lanes: int = 16) -> Stored:
+    """`string`: codes -> bytes, words or dwords of each row. Scales go block by block, in a block plane by plane."""
+    found, each = string(codes), scale.transpose(0, 2, 1).reshape(len(scale), -1)
+    size = max(1, 64 // lanes // found.itemsize)
+    return {"codes": side_by_side(found, size, lanes), "scale": side_by_side(each, 1, lanes)}
+
+
+def fives(codes: Array, dtype: str) -> Array:
+    """Five bits a quad, one after another, the lowest bit first."""
+    bits = (codes[:, :, None] >> np.arange(5) & 1).astype(np.uint8).reshape(len(codes), -1)
+    return np.packbits(bits, axis=1, bitorder="little").view(dtype)
+
+
+def nibbles_apart(codes: Array, scale: Array) -> Stored:
+    """Low four bits of two quads in a byte, fifth bits of eight in another; rows in the order 0, 16, 1, 17, 2 ..."""
+    padded = np.pad(codes, ((0, -len(codes) % 32), (0, 0)))
+    woven = padded.reshape(-1, 2, 16, codes.shape[1]).swapaxes(1, 2).reshape(padded.shape)
+    low = low_bits_first((woven & 15).reshape(len(woven), -1, 2), 4)
+    high = low_bits_first((woven >> 4).reshape(len(woven), -1, 8), 1)
+    d = side_by_side(scale[:, 0], 1, 32)
+    return {"codes": side_by_side(low, 1, 32), "codes_high": side_by_side(high, 1, 32), "scale": d}
+
+
+def quarters(codes: Array, block: int) -> Array:
+    """Planes in turn in a block; byte j of a quarter has columns j of all quarters, the first in the lowest bits."""
+    planes = codes.reshape(len(codes), -1, codes.shape[-1] // block, 4, block // 4)
+    return low_bits_first(planes.transpose(0, 2, 1, 4, 3), 2).reshape(len(codes), -1)
+
+
+def fours(codes: Array) -> Array:
+    """Four columns in the lowest bits of four bytes, the next four above them."""
+    return low_bits_first(np.moveaxis(codes.reshape(len(codes), -1, 4, 4), 2, 3), 2).reshape(len(codes), -1)
+
+
+def tiled_trits(string: Callable[[Array], Array], planes: int = 1, block: int = 256) -> Twin:
+    """Two bits a trit, `planes` of them; a scale for each block."""
+    return Twin(
+        partial(tiled, string=string), less_one,
+        a_code_each(4) if planes == 1 else lambda rows, cols: ((rows, planes, cols), 4),
+        plus_one if planes == 1 else lambda steps: steps + 1,
+        lambda rows, cols: (rows, planes, cols // block), planes=planes, least=(1, block),
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------- columns of 4 bits, and signs
 
 
@@ -414,4 +468,10 @@ TWINS: dict[str, Twin] = {
     **{f"ptqtp{n}{how}_tied": plane_twin(n, how, True) for n in (2, 3, 4) for how in ("", "_b3")},
     "ptqtp2_n4": plane_twin(2, "_n4", False),
     "ptqtp2_n4_tied": plane_twin(2, "_n4", True),
+    "sherry_tile16": quad_twin(partial(tiled, string=partial(fives, dtype="<u4")), 1, 256),
+    "sherry_words32": quad_twin(partial(tiled, string=partial(fives, dtype="<u2"), lanes=32), 1, 256),
+    "sherry_s16_nibbles32": quad_twin(nibbles_apart, 16, 256),
+    "tq2_0_tile16": tiled_trits(partial(quarters, block=128)),
+    "tq1_0_tile16": tiled_trits(fours),
+    "ptqtp2_tile16": tiled_trits(partial(quarters, block=128), 2, 128),
 }  # fmt: skip
