@@ -44,6 +44,14 @@ class Checkpoint(Mapping[str, PackedTensor]):
     def __getitem__(self, name: str) -> PackedTensor:
         return self._source.read(name)
 
+    def map(self, name: str) -> PackedTensor:
+        """The tensor as it lies in a safetensors file, memory-mapped: nothing is copied, no checksum is checked.
+
+        The file must stay what it is while the tensor is used; it may be closed. A weight in a run-time tiling
+        (`mxfp4_tile16`) is multiplied so. From a GGUF it is read.
+        """
+        return self._source.map(name)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._source.index)
 

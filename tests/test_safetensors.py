@@ -51,6 +51,26 @@ def test_the_safetensors_library_reads_what_we_wrote(tmp_path: Path) -> None:
     assert same(arrays["w.blocks"], packed.components["blocks"]) and same(arrays["b"], bias.reshape(1, -1))
 
 
+def test_a_mapped_tensor_is_the_file(tmp_path: Path) -> None:
+    packed = codecs.get("q8_0").encode(normal(8, 64))
+    path = write(tmp_path / "m.safetensors", w=packed, e=codecs.get("q8_0").encode(normal(0, 64)))
+    with checkpoint.open(path) as model:
+        found, empty = model.map("w"), model.map("e")
+        assert empty.shape == (0, 64) and empty.nbytes == 0
+    assert found.components["blocks"].tobytes() == packed.components["blocks"].tobytes()
+    assert not found.components["blocks"].flags.writeable
+    with path.open("r+b") as file:  # what another writes there is seen, so nothing was copied
+        file.seek(-1, 2)
+        file.write(bytes([packed.components["blocks"].reshape(-1)[-1] ^ 255]))
+    assert found.components["blocks"].tobytes() != packed.components["blocks"].tobytes()
+    with checkpoint.open(path) as model:
+        with pytest.raises(ContainerError, match="not those that were written"):
+            model["w"]
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(ContainerError, match="has shrunk since it was opened"):
+            model.map("w")
+
+
 def test_we_read_every_dtype_that_the_safetensors_library_writes(tmp_path: Path) -> None:
     names = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
     kinds = [np.dtype(k) for k in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")]

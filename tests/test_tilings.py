@@ -239,18 +239,6 @@ def test_preparing_a_tiling_copies_nothing(name: str) -> None:
         assert_same(found, slow.product(packed, x))
 
 
-def mapped(path: Path, key: str, layout: Layout, shape: tuple[int, ...]) -> PackedTensor:
-    """A tensor of a safetensors file, whose components are memory of that file."""
-    raw_ = np.memmap(path, mode="r")
-    size = int(raw_[:8].view("<u8")[0])
-    entries, stored = json.loads(raw_[8 : 8 + size].tobytes()), {}
-    for c in layout.fit(*packfmt.codec.matrix(shape)).components:
-        first, end = (8 + size + n for n in entries[f"{key}.{c.name}"]["data_offsets"])
-        stored[c.name] = raw_[first:end].view(dtype_of(c.dtype)).reshape(c.shape)
-        assert np.shares_memory(stored[c.name], raw_) and not stored[c.name].flags.writeable
-    return PackedTensor(layout, shape, stored)
-
-
 @pytest.mark.parametrize("name", ["mxfp4_tile16", "tq2_0_tile16", "nvfp4_tile16", "sherry_words32"])
 def test_a_converted_model_is_multiplied_as_it_lies_in_its_file(name: str, tmp_path: Path) -> None:
     model, seen = folder(tmp_path / "model"), 0
@@ -264,7 +252,8 @@ def test_a_converted_model_is_multiplied_as_it_lies_in_its_file(name: str, tmp_p
             if plain[key].layout.name != of(name):
                 assert plain[key].layout == tiles[key].layout
                 continue
-            here = mapped(tmp_path / f"{name}.safetensors", key, tiles[key].layout, tiles[key].shape)
+            here = tiles.map(key)
+            assert not any(array.flags.writeable for array in here.components.values())
             assert here.layout == codecs.get(name).layout and raw(here) == raw(tiles[key])
             ready, x = packfmt.prepare(here), activations(5, here.shape[-1], 1)
             assert ready.packed is here

@@ -80,6 +80,9 @@ class Source(Protocol):
     def read(self, name: str) -> PackedTensor:
         """The tensor, a dense one in a layout of `layout.DENSE`; its checksum is checked where there is one."""
 
+    def map(self, name: str) -> PackedTensor:
+        """The tensor as it lies in the file, unchecked, where the container can; else as `read`."""
+
     def close(self) -> None: ...
 
 

@@ -388,6 +388,10 @@ class GgufSource:
     def close(self) -> None:
         self._file.close()
 
+    def map(self, name: str) -> PackedTensor:
+        """As `read`: records are read, never mapped."""
+        return self.read(name)
+
     def read(self, name: str) -> PackedTensor:
         """The tensor called `name`; its checksum is checked where the file has one.
 

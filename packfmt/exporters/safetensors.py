@@ -9,7 +9,8 @@ says which layout each tensor has, describes the layouts in full, and holds a SH
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
@@ -354,16 +355,23 @@ class SafetensorsSource:
 
     def read(self, name: str) -> PackedTensor:
         """The tensor called `name`; its checksums are checked where the file has them."""
+        return self._tensor(name, _read_bytes)
+
+    def map(self, name: str) -> PackedTensor:
+        """The tensor as it lies in the file; no checksum is checked."""
+        return self._tensor(name, _map_bytes)
+
+    def _tensor(self, name: str, bytes_of: Callable[..., Array]) -> PackedTensor:
         info = self.index[name]
         if info.layout is None:
             why = info.why or "which no layout of packfmt describes"
             raise ContainerError(f"{info.file}: {name} is {info.kind}, {why}", "PF105")
         if name in self._packed:
-            return self._weight(self._packed[name], info.layout)
-        sums = self._records.get(name, {}).get("sha256", {})
+            return self._weight(self._packed[name], info.layout, bytes_of)
+        sums = self._records.get(name, {}).get("sha256", {}) if bytes_of is _read_bytes else {}
         components = {}
         for component, stored in self._names(info).items():
-            array = _read_array(info.file, *self._files[info.file], stored)
+            array = _read_array(info.file, *self._files[info.file], stored, bytes_of)
             if component in sums and sha256(array.reshape(-1).view(np.uint8).data).hexdigest() != sums[component]:
                 raise ContainerError(
                     f"{info.file}: {name}: the bytes of {component!r} are not those that were written", "PF109"
@@ -374,12 +382,12 @@ class SafetensorsSource:
             components = {c: array.reshape(shapes[c]) for c, array in components.items()}
         return PackedTensor(info.layout, info.shape, components, info.dtype)
 
-    def _weight(self, weight: Weight, layout: Layout) -> PackedTensor:
+    def _weight(self, weight: Weight, layout: Layout, bytes_of: Callable[..., Array]) -> PackedTensor:
         """A weight of another ecosystem's, whose components may lie in several files."""
         components = {}
         for c in layout.fit(*matrix(weight.info.shape)).components:
             stored = weight.stored[c.name]
-            raw = _read_bytes(stored.file, *self._files[stored.file], stored.name)
+            raw = bytes_of(stored.file, *self._files[stored.file], stored.name)
             components[c.name] = raw.view(dtype_of(c.dtype)).reshape(c.shape)
         return PackedTensor(layout, weight.info.shape, components, weight.info.dtype)
 
@@ -389,11 +397,6 @@ class SafetensorsSource:
         return _read_array(file, *self._files[file], name)
 
 
-def _read_array(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
-    e = found.entries[name]
-    return _read_bytes(path, file, found, name).view(dtype_of(DTYPES[e.dtype])).reshape(e.shape)
-
-
 def _read_bytes(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
     e = found.entries[name]
     raw = np.empty(e.end - e.begin, np.uint8)
@@ -401,6 +404,22 @@ def _read_bytes(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
     if (got := file.readinto(raw.data)) != len(raw):  # type: ignore[attr-defined]
         raise ContainerError(f"{path}: {name}: {got} of {len(raw)} bytes; the file shrank while it was read", "PF101")
     return raw
+
+
+def _map_bytes(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
+    e = found.entries[name]
+    if e.begin == e.end:
+        return np.empty(0, np.uint8)
+    if os.fstat(file.fileno()).st_size < found.data + e.end:
+        raise ContainerError(f"{path}: {name}: the file has shrunk since it was opened", "PF101")
+    return np.memmap(file, np.uint8, "r", found.data + e.begin, (e.end - e.begin,)).view(np.ndarray)
+
+
+def _read_array(
+    path: Path, file: BinaryIO, found: Header, name: str, bytes_of: Callable[..., Array] = _read_bytes
+) -> Array:
+    e = found.entries[name]
+    return bytes_of(path, file, found, name).view(dtype_of(DTYPES[e.dtype])).reshape(e.shape)
 
 
 def open(path: Path, layouts: Layouts, read_as: Mapping[str, str] = NOTHING) -> SafetensorsSource:
