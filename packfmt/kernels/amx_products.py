@@ -408,6 +408,7 @@ def multiply(tiles: Tiles, x: Activations, out: npt.NDArray[np.float32]) -> None
     LayoutError
         If there is no kernel for the tiling, or an array's dtype or shape is not what the tiles need.
     """
+    tile.check_tiles(tiles)
     tile.check_activations(tiles, x, out)
     if not out.size:
         return
