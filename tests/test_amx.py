@@ -69,7 +69,6 @@ def note() -> Path:
         (DIES, False),
         ("print('wrong')", False),
         ("pass", False),
-        (f"{WORKS}; raise SystemExit(1)", False),
         ("import sys; sys.stdout.buffer.write(bytes(range(256)))", False),
     ],
 )
@@ -82,6 +81,35 @@ def test_a_child_tries_the_tiles_once_and_its_answer_is_kept(
     forget(machine)
     assert amx.available() is answer
     assert len(starts) == 1
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["import nothing_of_this_name", f"{WORKS}; raise SystemExit(1)", "import os, signal; os.kill(os.getpid(), 9)"],
+)
+def test_a_child_that_fails_for_other_reasons_is_asked_again(machine: pytest.MonkeyPatch, program: str) -> None:
+    """Somebody ended it, or it had no memory: this says nothing of the machine, for which an answer would stay."""
+    child(machine, program)
+    assert amx.available() is False
+    assert not note().exists()
+    forget(machine)
+    child(machine, WORKS)
+    assert amx.available() is True
+
+
+def test_paths_that_imports_ignore_are_ignored(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(sys, "path", [*sys.path, Path("somewhere"), b"else"])
+    assert sys.path[0] in amx._command()[-1]
+
+
+def test_a_process_forked_while_another_thread_asks_asks_itself(machine: pytest.MonkeyPatch) -> None:
+    child(machine, WORKS)
+    with amx._asking:
+        forked = os.fork()
+        if forked == 0:
+            signal.alarm(20)
+            os._exit(0 if amx.available() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 0
 
 
 def test_a_child_that_hangs_is_no_answer(machine: pytest.MonkeyPatch) -> None:
@@ -449,5 +477,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     tiles, x = made(how, cols, bias, 2, 16, wild=False)
     with pytest.raises(LayoutError, match="codes is uint8"):
         product(tiles._replace(codes=tiles.codes[1:]), x)
+    with pytest.raises(LayoutError, match="codes is uint8"):
+        amx_products.multiply(tiles._replace(codes=tiles.codes[1:]), x, np.empty((16, 48), F32))
     with pytest.raises(LayoutError, match="out is float32"):
         amx_products.multiply(tiles, x, np.empty((15, 32), F32))

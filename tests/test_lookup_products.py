@@ -21,6 +21,7 @@ import pytest
 from packfmt import placement
 from packfmt.codec import PackedTensor
 from packfmt.codecs import sherry
+from packfmt.errors import LayoutError
 from packfmt.kernels import lookup_products, simd, threads
 from packfmt.kernels.lookup_products import Tiles, Tiling
 from packfmt.kernels.tile_products import Activations
@@ -227,6 +228,35 @@ def test_threads_change_nothing(form: str, count: int, monkeypatch: pytest.Monke
     with threads.limit(count):
         found = product(weight, how, x)
     assert bits(found) == bits(slow_products.product(weight, x))
+
+
+@both
+def test_many_rows_of_activations_take_no_more_memory_than_a_few(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = Tiling(form, 256, "f16", False)
+    weight = packed(how, 40, 512, 5)
+    x = np.random.default_rng(6).standard_normal((7, 512)).astype(F32)
+    whole = product(weight, how, x)
+    monkeypatch.setattr(lookup_products._here, "room", None, raising=False)
+    monkeypatch.setattr(lookup_products, "TABLES", 2 * 128 * lookup_products.FORMS[form].table)  # of two rows
+    assert bits(product(weight, how, x)) == bits(whole) == bits(slow_products.product(weight, x))
+    assert lookup_products._here.room.nbytes == lookup_products.TABLES
+
+
+@both
+def test_arrays_that_do_not_belong_together_are_refused(form: str) -> None:
+    how = Tiling(form, 256, "f16", False)
+    of = tiles(packed(how, 64, 512, 7), how)
+    x, out = quantised(np.ones((2, 512), F32), 256), np.empty((2, 64), F32)
+    lookup_products.multiply(of, x, out)
+    for name in ("codes", "scale", "table"):
+        with pytest.raises(LayoutError, match=f"{name} is uint8"):
+            lookup_products.multiply(of._replace(**{name: getattr(of, name)[1:]}), x, out)
+    with pytest.raises(LayoutError, match=r"out is float32 \(2, 32\), needs float32 \(2, 64\)"):
+        lookup_products.multiply(of, x, np.empty((2, 32), F32))
+    with pytest.raises(LayoutError, match="q is int8"):
+        lookup_products.multiply(of, x._replace(q=x.q[:, :256]), out)
+    with pytest.raises(LayoutError, match="520 columns"):
+        lookup_products.multiply(of._replace(cols=520), x, out)
 
 
 @both

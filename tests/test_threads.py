@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import pytest
 
@@ -133,6 +134,27 @@ def test_no_call_waits_for_helpers_that_others_keep(monkeypatch) -> None:  # typ
     go.set()
     keeper.join(30)
     assert not keeper.is_alive()
+
+
+def test_tasks_do_not_pile_up_while_others_keep_the_helpers(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("PACKFMT_THREADS", "2")
+    kept, go = threading.Barrier(3), threading.Event()
+    waiting: SimpleQueue[threads._Task] = SimpleQueue()
+    monkeypatch.setattr(threads, "_waiting", waiting)  # and helpers of its own
+    monkeypatch.setattr(threads, "_started", 0)
+
+    def keep() -> None:
+        kept.wait(30)
+        go.wait(30)
+
+    keeper = threading.Thread(target=threads.share, args=(keep, 2))
+    keeper.start()
+    kept.wait(30)
+    for _ in range(2 * threads.MOST):
+        threads.share(lambda: None, 2)
+    assert waiting.qsize() <= threads.MOST
+    go.set()
+    keeper.join(30)
 
 
 def test_work_within_shared_work_is_called_once(monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -253,6 +253,7 @@ def wrong() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     yield "whole is float64 (32,), needs float32 (32,)", {"whole": tiles.whole.astype(np.float64)}, {}
     yield "table is", {"table": tiles.table[:16]}, {}
     yield "needs a multiple of 16 columns", {"cols": 56}, {}
+    yield "table is uint8 (1,)", {"table": np.zeros(1, np.uint8)}, {}
     yield "no kernel", {"how": tiles.how._replace(block=20)}, {}
     yield "q is int8 (2, 40), needs int8 (2, 48)", {}, {"q": np.ascontiguousarray(x.q[:, :40])}
     yield "sums is int64 (2, 3), needs int32 (2, 3)", {}, {"sums": x.sums.astype(np.int64)}
@@ -272,6 +273,15 @@ def test_arrays_that_do_not_belong_together_are_refused(
     with pytest.raises(LayoutError) as error:
         tile_products.multiply(tiles._replace(**instead), x._replace(**given), out)
     assert message in str(error.value)
+
+
+@needs_vectors
+def test_a_table_that_nobody_looks_into_is_whole_or_missing() -> None:
+    """The kernel loads it anyway."""
+    tiles, x = slow.draw(TILINGS["ternary"], 1, 256, 1, seed=9)
+    with pytest.raises(LayoutError, match=r"table is uint8 \(1,\), needs uint8 \(128,\)"):
+        product(tiles._replace(table=np.zeros(1, np.uint8)), x)
+    assert_same_bits(product(tiles._replace(table=np.zeros(128, np.uint8)), x), product(tiles, x))
 
 
 def test_only_tilings_of_the_list_fit() -> None:

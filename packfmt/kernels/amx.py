@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import stat
 import subprocess
 import sys
@@ -46,6 +47,7 @@ TILE_DATA = 18
 SECONDS = 60  # that the child may take; it compiles a few lines
 PROOF = "the product of two tiles is right"
 # With the paths of this process, and no core file if it dies.
+DEADLY = {"SIGILL", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGTRAP"}  # what an instruction that does not work ends with
 TRIAL = """
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -57,7 +59,18 @@ print(amx.try_here(), flush=True)
 _INT8, _INT64 = ir.IntType(8), ir.IntType(64)
 _BYTES = _INT8.as_pointer()
 _answer: bool | None = None  # of this process; a forked one inherits permission and answer
-_asking = threading.Lock()
+_asking: threading.Lock
+
+
+def _renew() -> None:
+    """A forked process does not have the thread that may be asking."""
+    global _asking
+    _asking = threading.Lock()
+
+
+_renew()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 def configuration(depth: int) -> np.ndarray:
@@ -196,18 +209,24 @@ def _works() -> bool:
 
 def _command() -> list[str]:
     """What tries the tiles in a process of its own."""
-    return [sys.executable, "-P", "-c", TRIAL, json.dumps(sys.path)]
+    paths = [path for path in sys.path if isinstance(path, str)]  # imports ignore all others
+    return [sys.executable, "-P", "-c", TRIAL, json.dumps(paths)]
 
 
 def _child() -> bool | None:
-    """Whether a child multiplied two tiles and lived; None if there is no telling, and none to write down."""
+    """Whether a child multiplied two tiles and lived; None if there is no telling, and none to write down.
+
+    A child that has no memory or cannot import, or that somebody ends, says nothing of this machine.
+    """
     if getattr(sys, "frozen", False) or not Path(sys.executable or "").name.startswith("python"):
         return None  # the executable is an application, which would start once more
     try:
         done = subprocess.run(_command(), stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.returncode == 0 and done.stdout.decode(errors="replace").strip() == PROOF
+    if done.returncode:
+        return False if -done.returncode in {getattr(signal, name) for name in DEADLY} else None
+    return done.stdout.decode(errors="replace").strip() == PROOF
 
 
 def _machine() -> str:

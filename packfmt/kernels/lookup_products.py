@@ -26,11 +26,12 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
+from packfmt.errors import LayoutError
 from packfmt.kernels import pages, simd, threads
 from packfmt.kernels.simd import claim
 from packfmt.kernels.simd_code import AVX512_HERE, AVX_HERE, I8, I16, I64, Vector, all_lanes, call, constant, order
 from packfmt.kernels.tile_code import Kernel, Typed, Writer, known, part
-from packfmt.kernels.tile_products import Activations
+from packfmt.kernels.tile_products import Activations, check_one
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -40,6 +41,7 @@ SCALES = {"f32": 4, "f16": 2, "bf16": 2}  # bytes of one
 AHEAD = 4096  # bytes; what will be read after so many is asked for
 SHARE = 1 << 16  # bytes of codes, or as much work with a batch, that a thread claims at once
 LEAST = 1 << 18  # that are worth a thread
+TABLES = 1 << 20  # bytes of tables at a time, that they stay in the cache, or those of one row of activations
 
 
 class Form(NamedTuple):
@@ -372,8 +374,52 @@ def _multiply(kernel, codes, signs, scale, groups, cols, tables, sums, factors, 
 def multiply(tiles: Tiles, x: Activations, out: npt.NDArray[np.float32]) -> None:
     """Fill out (batch, 32 * groups) float32 with the products, on all threads where there is much to do.
 
-    The tables of all rows of activations are written first: 16 or 8 times as many bytes as there are columns.
+    The tables of some rows of activations are written first: 16 or 8 times as many bytes as there are columns.
+
+    Raises
+    ------
+    LayoutError
+        If an array's dtype or shape is not what the tiles need.
     """
+    check(tiles, x, out)
+    rows = max(1, TABLES // max(1, tiles.cols // 4 * FORMS[tiles.how.form].table))
+    if len(out) <= rows:
+        return _multiply_few(tiles, x, out)
+    for first in range(0, len(out), rows):
+        few = slice(first, first + rows)
+        _multiply_few(tiles, Activations(x.q[few], x.sums[few], x.scale[few]), out[few])
+
+
+def check(tiles: Tiles, x: Activations, out: npt.NDArray[np.float32]) -> None:
+    """Refuse arrays beyond which a kernel would read or write.
+
+    Raises
+    ------
+    LayoutError
+        If an array's dtype or shape is not what the tiles need.
+    """
+    how, form = tiles.how, FORMS[tiles.how.form]
+    pieces, left = divmod(tiles.cols, 4 * form.quads)
+    if left or not (how.per_row or tiles.cols % how.block == 0):
+        raise LayoutError(f"{tiles.cols} columns, needs whole pieces of {4 * form.quads}, and blocks of {how.block}")
+    batch, blocks = len(x.q), -(-tiles.cols // how.block)
+    scales = tiles.groups * ROWS * (1 if how.per_row else blocks)
+    wanted: dict[str, tuple[npt.NDArray[Any], type, tuple[int, ...]]] = {
+        "codes": (tiles.codes, np.uint8, (tiles.groups * pieces * form.codes,)),
+        "signs": (tiles.signs, np.uint8, (tiles.groups * pieces * form.signs,)),
+        "scale": (tiles.scale, np.uint8, (scales * SCALES[how.scale],)),
+        "table": (tiles.table, np.uint8, (128,)),
+        "q": (x.q, np.int8, (batch, tiles.cols)),
+        "sums": (x.sums, np.int32, (batch, blocks)),
+        "scale of activations": (x.scale, np.float32, (batch, blocks)),
+        "out": (out, np.float32, (batch, ROWS * tiles.groups)),
+    }
+    for name, (array, dtype, shape) in wanted.items():
+        check_one(name, array, np.dtype(dtype), shape)
+
+
+def _multiply_few(tiles: Tiles, x: Activations, out: npt.NDArray[np.float32]) -> None:
+    """`multiply`, with the tables of all rows of activations at once."""
     kernel = _kernel(tiles.how)
     tables = _room(x.q.size // 4 * FORMS[tiles.how.form].table)
     _fill_all(kernel, x.q.reshape(-1), tiles.table, tables)

@@ -105,7 +105,8 @@ def share(work: Callable[[], None], most: int) -> None:
         return work()
     task = _Task(work, helpers)
     _have(helpers)
-    _waiting.put(task)
+    if _waiting.qsize() < MOST:  # else all helpers are busy, or there are none, and tasks would pile up
+        _waiting.put(task)
     error = _alone(work)
     for failed in (error, *task.close()):
         if failed:

@@ -595,8 +595,9 @@ def check_tiles(tiles: Tiles) -> None:
     """
     sizes = _needs(tiles.how, tiles.groups, tiles.cols)
     weights = (tiles.codes, tiles.high, tiles.scale, tiles.zero, tiles.whole, tiles.table)
-    for name, array, size in zip(PARTS, weights, sizes, strict=False):
-        _check_one(name, array, F32 if name == "whole" else U8, (size,))
+    sizes = (*sizes, len(NO_TABLE) if len(tiles.table) else 0)[: len(PARTS)]
+    for name, array, size in zip(PARTS, weights, sizes, strict=True):
+        check_one(name, array, F32 if name == "whole" else U8, (size,))
 
 
 def check_activations(tiles: Tiles, x: Activations, out: Floats) -> None:
@@ -608,15 +609,22 @@ def check_activations(tiles: Tiles, x: Activations, out: Floats) -> None:
         If an array's dtype or shape is not what the tiles need, or `out` may not be written.
     """
     batch, blocks = len(x.q), -(-tiles.cols // tiles.how.block)
-    _check_one("q", x.q, I8, (batch, tiles.cols))
-    _check_one("sums", x.sums, I32, (batch, blocks))
-    _check_one("scale of activations", x.scale, F32, (batch, blocks))
-    _check_one("out", out, F32, (batch, ROWS * tiles.groups))
+    check_one("q", x.q, I8, (batch, tiles.cols))
+    check_one("sums", x.sums, I32, (batch, blocks))
+    check_one("scale of activations", x.scale, F32, (batch, blocks))
+    check_one("out", out, F32, (batch, ROWS * tiles.groups))
     if not out.flags.writeable:
         raise LayoutError("out may not be written; give an array of your own")
 
 
-def _check_one(name: str, array: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+def check_one(name: str, array: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Refuse an array of another dtype or shape, or that is not C-contiguous.
+
+    Raises
+    ------
+    LayoutError
+        If it is one.
+    """
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         how = "" if array.flags.c_contiguous else ", not contiguous"
         raise LayoutError(f"{name} is {array.dtype} {array.shape}{how}, needs {dtype} {shape}, contiguous")
