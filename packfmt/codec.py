@@ -102,8 +102,9 @@ class PackedTensor:
     def matmul(self, x: Array, threads: int | None = None) -> npt.NDArray[np.float32]:
         """The product of the weight with activations, by the canonical sums (spec/products.md).
 
-        The bits do not depend on machine, threads or batch. The weight is made ready each time: `packfmt.prepare`
-        does it once, for many products.
+        The bits do not depend on machine, threads or batch. The weight is made ready each time, which takes several
+        times as long as the product: `packfmt.prepare` does it once, for many products. Where steps are whole
+        numbers, an activation that is infinite or NaN makes its row of the result NaN.
 
         Parameters
         ----------
@@ -135,6 +136,8 @@ class PackedTensor:
         LayoutError
             If the layouts can hold no number in common, or one of this tensor's does not fit.
         """
+        if not isinstance(layout, Layout):
+            raise LayoutError(f"repacking to {layout!r}, needs a layout, such as packfmt.pack(weight, name).layout")
         if (form := retiling.becomes(self.layout, layout, self.matrix)) is not None:
             moved = retiling.tiled(self.layout, self.matrix, self.components, form)
         elif moves_as_bits(self.layout, layout, self.shape):
@@ -249,6 +252,8 @@ class Codec:
             encoder has this name or it does not weigh importance, or `lossless` and a number changes.
         """
         name = self.layout.name
+        if not isinstance(weight, np.ndarray):
+            raise LayoutError(f"{name}: a weight of {type(weight).__name__}, needs a NumPy array")
         if encoder and encoder not in self.encoders:
             raise LayoutError(f"{name}: no encoder is called {encoder!r}; there are {', '.join(self.encoders)}")
         if not is_float(weight.dtype.name):

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from packfmt import products
 from packfmt.codec import Array, PackedTensor
+from packfmt.errors import LayoutError
 from packfmt.layout import Layout
 
 
@@ -31,6 +32,11 @@ class Prepared:
         return self.packed.layout
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's logical shape."""
+        return self.packed.shape
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all components."""
         return self.packed.nbytes
@@ -40,7 +46,7 @@ class Prepared:
         return products.multiply(self._product, x, self.packed.shape[:-1], threads)
 
 
-def prepare(packed: PackedTensor, batch: int = 1) -> Prepared:
+def prepare(packed: PackedTensor | Prepared, batch: int = 1) -> Prepared:
     """Make a weight ready for many products. Nothing is rounded; the packed tensor may be dropped afterwards.
 
     batch : rows of activations that most products will have. Sherry is tiled another way for many; all tilings
@@ -49,8 +55,15 @@ def prepare(packed: PackedTensor, batch: int = 1) -> Prepared:
     Raises
     ------
     LayoutError
-        If a component is not what the layout says, or its grid does not fit its parts.
+        If a component is not what the layout says, its grid does not fit its parts, or `packed` or `batch` is
+        something else.
     """
+    if isinstance(packed, Prepared):
+        packed = packed.packed
+    if not isinstance(packed, PackedTensor):
+        raise LayoutError(f"preparing {type(packed).__name__}, needs a packed tensor, such as packfmt.pack gives")
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise LayoutError(f"batch is {batch!r}, needs a whole number of 1 or more")
     ready = products.product(packed.layout, packed.matrix, packed.components, batch)
     held = (
         packed

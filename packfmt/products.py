@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from packfmt import fused, placement, tilings
-from packfmt.errors import LayoutError
+from packfmt.errors import LayoutError, PackfmtError
 from packfmt.grids import scale_numbers
 from packfmt.layout import Codes, Component, Digit, Layout, Values
 from packfmt.meaning import BESIDE, BLOCK, Meaning, Shape, meaning, replaced, sources, weight_scales, weight_steps
@@ -87,7 +87,7 @@ def product(layout: Layout, shape: Shape, components: Arrays, batch: int = 1) ->
     """
     try:
         return _product(layout, shape, components, batch)
-    except LayoutError:
+    except PackfmtError:
         raise
     except WRONG as error:  # a description from a file may say anything
         raise LayoutError(f"{layout.name}: grid {layout.grid.name!r} cannot take its parts: {error}") from error
@@ -133,10 +133,10 @@ def multiply(ready: Product, x: Array, rows: tuple[int, ...], threads: int | Non
     PackfmtError
         If `threads` is not a whole number of 1 to 256.
     """
-    name, cols = ready.layout.name, ready.shape[1]
-    if not isinstance(x, np.ndarray) or not x.dtype.name.startswith(("float", "bfloat")):
+    name, cols = tilings.base(ready.layout.name), ready.shape[1]
+    if not isinstance(x, np.ndarray | np.generic) or not x.dtype.name.startswith(("float", "bfloat")):
         found = f"{x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise LayoutError(f"{name}: activations of {found}, needs an array of a float dtype")
+        raise LayoutError(f"{name}: activations of {found}, needs a NumPy array of a float dtype")
     if not x.ndim or x.shape[-1] != cols:
         raise LayoutError(f"{name}: activations of shape {x.shape}, needs (..., {cols})")
     if x.dtype != F32:
@@ -144,11 +144,11 @@ def multiply(ready: Product, x: Array, rows: tuple[int, ...], threads: int | Non
             x = x.astype(F32)
     flat = np.ascontiguousarray(x).reshape(prod(x.shape[:-1]), cols)
     if threads is None:
-        return ready(flat).reshape(*x.shape[:-1], *rows)
+        return ready(flat).reshape((*x.shape[:-1], *rows))
     from packfmt.kernels.threads import limit
 
     with limit(threads):
-        return ready(flat).reshape(*x.shape[:-1], *rows)
+        return ready(flat).reshape((*x.shape[:-1], *rows))
 
 
 def _beside(layout: Layout, shape: Shape, components: Arrays) -> dict[str, Array]:
