@@ -67,7 +67,10 @@ def run(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return _say(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), FAILED)
     except MemoryError:
-        return _say("out of memory; packfmt plan says how much a conversion holds at once", FAILED)
+        return _say(
+            "out of memory; packfmt plan says how much a conversion holds at once; measure smaller shapes or batches",
+            FAILED,
+        )
     except Exception as error:
         if os.environ.get("PACKFMT_TRACEBACK"):
             raise

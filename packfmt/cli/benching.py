@@ -46,7 +46,9 @@ def bench(
             "--peer", metavar="NAME", help="numpy, torch, onnxruntime, ggml, ggml-repack or none; default: all"
         ),
     ] = None,
-    seconds: Annotated[float, typer.Option(metavar="S", min=0.001, help="to time each contestant in each row")] = 0.5,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", min=0.001, max=3600, help="to time each contestant in each row")
+    ] = 0.5,
     warm: Annotated[bool, typer.Option("--warm", help="one copy of the weights, which a cache may hold")] = False,
     footprint: Annotated[
         str,
@@ -146,6 +148,7 @@ def _legend(rows: Sequence[Row], wanted: Wanted, machine: Mapping[str, Any]) -> 
     """What the columns mean, what was measured, and why some cells are blank."""
     from statistics import median
 
+    from packfmt.bench import measure
     from packfmt.cli import show
 
     versions = (f"{name} {number}" for name, number in machine["versions"].items())
@@ -154,7 +157,9 @@ def _legend(rows: Sequence[Row], wanted: Wanted, machine: Mapping[str, Any]) -> 
     if wanted.peers:
         print(f"{', '.join(wanted.peers)}: their time over packfmt's; above 1 packfmt is faster")
     if wanted.footprint:
-        print(f"weights out of cache: each contestant's copies, used in turn, make {show.size(wanted.footprint)}")
+        size, cache = show.size(wanted.footprint), measure.cache_bytes()
+        where = "may be in a cache" if wanted.footprint < 2 * cache else "out of cache"
+        print(f"weights {where}: each contestant's copies, used in turn, make {size}")
     else:
         print("one copy of each contestant's weights; a cache may hold it")
     fewest = min(row.threads for row in rows)  # more may wait for each other
