@@ -45,17 +45,24 @@ class Packed:
     name, group = "packfmt", 1
 
     def __init__(self, size: Size, packed: PackedTensor) -> None:
+        self.kind, self._size, self._packed = packed.layout.name, size, packed
+        self._limit = ExitStack()
+        self._make(1)
+
+    def _make(self, batch: int) -> None:
+        """Prepare all copies for so many rows of activations."""
         from packfmt.prepared import prepare
 
-        self.kind = packed.layout.name
-        first = prepare(copied(packed))
+        self._batch, self._ready = batch, []
+        first = prepare(copied(self._packed), batch)
         self.nbytes = first.nbytes
-        self.copies = size.copies(self.nbytes, self.kind)
-        self._ready = [first, *(prepare(copied(packed)) for _ in range(self.copies - 1))]
-        self._limit = ExitStack()
+        self.copies = self._size.copies(self.nbytes, self.kind)
+        self._ready = [first, *(prepare(copied(self._packed), batch) for _ in range(self.copies - 1))]
 
     def begin(self, x: Floats, threads: int) -> None:
         self._limit.close()
+        if len(x) != self._batch:
+            self._make(len(x))
         self._limit.enter_context(sharing.limit(threads))
         self._x = x
 
