@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -200,6 +200,21 @@ def only_inverts(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool
     return respelling.inverts(source, target, matrix(shape))
 
 
+class Remark(NamedTuple):
+    """Something that a user should know of a weight.
+
+    count : how often, in a weight of (rows, cols) float32; the sum over slices of rows is that of the whole
+    say : it in words, of so many, and of how many weights there are
+    """
+
+    count: Callable[[npt.NDArray[np.float32]], int]
+    say: Callable[[int, int], str]
+
+    def __call__(self, weight: npt.NDArray[np.float32]) -> str:
+        found = self.count(weight)
+        return self.say(found, weight.size) if found else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Codec:
     """A format in action: its layout, and encoders by name, the default first.
@@ -210,18 +225,20 @@ class Codec:
     weighted : encoders that also take `importance`, (1 or rows, cols) float32, finite and not negative
     fast : for some encoders, what gives the components at once: the same bytes as packing the parts; or
         None for a weight that is not finite or cannot be encoded, which the slower way explains
-    remark : what an encoder does to this weight that a user should know, in words; empty if nothing
+    remark : what encoders do to a weight that a user should know
     shared : encoders that also take `peak`, for several tensors can have one scale in common
     least_cols : columns that a weight must have at least
+    whole : encoders whose choice for a row depends on other rows, though no part of the layout says so
     """
 
     layout: Layout
     encoders: Mapping[str, Encoder]
     weighted: tuple[str, ...] = ()
     fast: Mapping[str, Callable[[npt.NDArray[np.float32]], dict[str, Array] | None]] = field(default_factory=dict)
-    remark: Callable[[npt.NDArray[np.float32]], str] | None = None
+    remark: Remark | None = None
     shared: tuple[str, ...] = ()
     least_cols: int = 0
+    whole: tuple[str, ...] = ()
 
     def encode(
         self,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from math import lcm, prod
@@ -173,6 +173,16 @@ class Layout:
     sources: tuple[str, ...] = field(default=(), compare=False)
     also: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # (container, its name)
     hadamard: int = 0
+    _hash: int = field(default=0, init=False, repr=False, compare=False)
+
+    def __hash__(self) -> int:
+        if not self._hash:  # found once: a plan asks for it with every step
+            mine = hash((self.name, self.components, self.grid, self.axes, self.hadamard))
+            object.__setattr__(self, "_hash", mine or 1)
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:  # another process has other hashes
+        return Layout, tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
     def to_json(self) -> dict[str, Any]:
         """The description as plain data: all that decides a byte or a number, and nothing else."""

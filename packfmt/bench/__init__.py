@@ -73,10 +73,7 @@ class Size:
             If the memory does not hold them.
         """
         count = self._count(nbytes)
-        free = free_bytes()
-        if free and count * nbytes > LEFT_FREE * free:
-            found = f"copies need {count * nbytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
-            raise MachineError(f"{kind}: {found}; give a smaller --footprint, or --warm")
+        hold(count * nbytes, f"{kind}: copies", "give a smaller --footprint, or --warm")
         return count
 
     def _count(self, nbytes: int) -> int:
@@ -115,6 +112,19 @@ def repeat(strip: Array, rows: int) -> Array:
 def activations(batch: int, cols: int) -> Floats:
     """(batch, cols) random numbers."""
     return np.random.default_rng(1).standard_normal((batch, cols), np.float32)
+
+
+def hold(nbytes: int, what: str, advice: str) -> None:
+    """Refuse what the memory does not hold.
+
+    Raises
+    ------
+    MachineError
+        If there is less memory.
+    """
+    free = free_bytes()
+    if free and nbytes > LEFT_FREE * free:
+        raise MachineError(f"{what} need {nbytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; {advice}")
 
 
 def free_bytes() -> int:

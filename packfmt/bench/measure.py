@@ -15,7 +15,8 @@ import numpy as np
 from packfmt.bench import Contestant, Floats, Size, Timing
 from packfmt.kernels import threads as sharing
 
-TURNS: Final = 10  # of each contestant
+TURNS: Final = 10  # of each contestant, if its time lasts so long
+LEAST: Final = 3  # turns of each, however long they take: a product may take longer than it should have
 FOOTPRINT: Final = 1 << 30
 READ_AT_ONCE: Final = 1 << 28  # bytes
 PAGE: Final = 4096
@@ -23,7 +24,7 @@ QUIET: Final = 0.002, 0.0004, 0.1  # seconds to look at, of them at most so many
 
 
 def race(contestants: Sequence[Contestant], seconds: float, threads: int) -> list[Timing]:
-    """Time all contestants in turns, about `seconds` each.
+    """Time all contestants in turns, about `seconds` each; longer only if LEAST calls take longer.
 
     What one thread does is timed by the clock that stands still while other work has the processor.
     """
@@ -32,10 +33,11 @@ def race(contestants: Sequence[Contestant], seconds: float, threads: int) -> lis
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(TURNS):
+        for turn in range(TURNS):
             for record in records:
-                record.turn(seconds / TURNS)
-                settle()
+                if turn < LEAST or record.timed < seconds:
+                    record.turn(seconds / TURNS)
+                    settle()
     finally:
         if collecting:
             gc.enable()
@@ -49,11 +51,16 @@ class _Record:
         self._contestant, self._clock = contestant, clock
         self._calls = 0
         self._samples: list[float] = []  # seconds of a product
-        self._work = self._time = 0.0  # seconds on processors, all threads together; seconds
+        self.timed = self._work = 0.0  # seconds; of them on processors, all threads together
 
     def turn(self, seconds: float) -> None:
-        """Call for so long. The first call is not timed: it wakes threads and brings the code back into the caches."""
-        self._call()
+        """Call for so long.
+
+        The first call is not timed, for it wakes threads and brings the code back into the caches; a call that
+        fills the turn does so at little cost.
+        """
+        if not self._samples or self._samples[-1] * self._contestant.group < seconds:
+            self._call()
         work, begin, passed = time.process_time(), time.perf_counter(), 0.0
         before = self._clock()
         while not passed or passed < seconds:
@@ -62,7 +69,7 @@ class _Record:
             self._samples.append((now - before) / self._contestant.group)
             before, passed = now, time.perf_counter() - begin
         self._work += time.process_time() - work
-        self._time += passed
+        self.timed += passed
 
     def _call(self) -> None:
         self._contestant.call(self._calls)
@@ -70,7 +77,7 @@ class _Record:
 
     def timing(self) -> Timing:
         low, middle, high = (float(q) for q in np.quantile(self._samples, (0.25, 0.5, 0.75)))
-        return Timing(middle, low, high, len(self._samples), self._work / self._time)
+        return Timing(middle, low, high, len(self._samples), self._work / self.timed)
 
 
 def settle() -> None:

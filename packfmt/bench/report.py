@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any, Final
 
 from packfmt import codecs
-from packfmt.bench import Contestant, Size, Timing, activations, measure, repeat, weight_strip
+from packfmt.bench import LAYOUTS, Contestant, Size, Timing, activations, hold, measure, repeat, weight_strip
 from packfmt.bench.measure import Reading
 from packfmt.bench.peers import PEERS, Packed
 from packfmt.errors import LayoutError, MachineError, PlanError
@@ -89,7 +89,11 @@ def read_speed(rows: Sequence[Row]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to measure. footprint: bytes that the copies of each contestant have together; 0: one copy, in the cache."""
+    """What to measure.
+
+    layouts : by name; none: those of LAYOUTS that fit
+    footprint : bytes that the copies of each contestant have together; 0: one copy, in the cache
+    """
 
     layouts: Sequence[str]
     shapes: Sequence[tuple[int, int]]
@@ -100,21 +104,44 @@ class Wanted:
     footprint: int
 
     def check(self) -> None:
-        """Refuse what cannot be packed before anything is measured.
+        """Refuse what cannot be measured before anything is.
 
         Raises
         ------
         PlanError
             If no layout has a name, or a shape does not fill its blocks.
+        MachineError
+            If the memory does not hold the numbers that a product is made of.
         """
-        for name, shape in product(self.layouts, self.shapes):
-            codec = codecs.get(name)
-            try:
-                codec.layout.fit(*shape)
-            except LayoutError as error:
-                raise PlanError(f"{shape[0]}x{shape[1]}: {error}") from error
-            if shape[1] < codec.least_cols:
-                raise PlanError(f"{shape[0]}x{shape[1]}: {name}: needs {codec.least_cols} columns or more")
+        if self.layouts and (why := self.left_out()):
+            raise PlanError(why[0])
+        for rows, cols in self.shapes:
+            numbers = rows * cols + max(self.batches) * (rows + cols)
+            hold(4 * numbers, f"{rows}x{cols}: float32 numbers", "measure smaller shapes or batches")
+
+    def fitting(self, shape: tuple[int, int]) -> list[str]:
+        """The layouts that hold a weight of this shape."""
+        return [name for name in self.layouts or LAYOUTS if not _misfit(name, *shape)]
+
+    def left_out(self) -> list[str]:
+        """Why layouts do not hold a weight of a shape."""
+        pairs = product(self.shapes, self.layouts or LAYOUTS)
+        return [why for shape, name in pairs if (why := _misfit(name, *shape))]
+
+    @property
+    def count(self) -> int:
+        """Rows of results."""
+        return sum(len(self.fitting(shape)) for shape in self.shapes) * len(self.batches) * len(self.threads)
+
+
+def _misfit(name: str, rows: int, cols: int) -> str:
+    """Why a layout holds no weight of this shape; empty if it does."""
+    codec = codecs.get(name)
+    try:
+        codec.layout.fit(rows, cols)
+    except LayoutError as error:
+        return f"{rows}x{cols}: {error}"
+    return f"{rows}x{cols}: {name}: needs {codec.least_cols} columns or more" if cols < codec.least_cols else ""
 
 
 def nearest(layout: Layout) -> str:
@@ -134,7 +161,7 @@ def rows(wanted: Wanted, done: Callable[[str], None] = lambda text: None) -> Ite
     PlanError
         If no layout has a name, or a shape does not fill its blocks.
     MachineError
-        If the copies do not fit the memory.
+        If the memory does not hold the numbers or their copies.
     """
     wanted.check()
     for shape in wanted.shapes:
@@ -142,7 +169,7 @@ def rows(wanted: Wanted, done: Callable[[str], None] = lambda text: None) -> Ite
         with ExitStack() as whole:
             common, absent = _peers(size, [p for p in wanted.peers if p in COMMON], "", whole)
             # threads outside, layouts inside: to change the threads is what takes onnxruntime long
-            for threads, name in product(wanted.threads, wanted.layouts):
+            for threads, name in product(wanted.threads, wanted.fitting(shape)):
                 with ExitStack() as one:
                     ours = _ours(size, name, one)
                     kind = nearest(codecs.get(name).layout)
@@ -186,20 +213,14 @@ def _row(
     for contestant in (*field, reading):
         contestant.begin(x, threads)
     *timings, read = measure.race([*field, reading], seconds, threads)
-    ours, *peers = (
-        Entry(
-            c.name,
-            c.kind,
-            c.nbytes,
-            c.copies,
-            8 * c.nbytes / size.weights,
-            batch * size.weights / t.seconds,
-            t,
-        )
-        for c, t in zip(field, timings, strict=True)
-    )
+    ours, *peers = (_entry(c, t, size, batch) for c, t in zip(field, timings, strict=True))
     speed, had = reading.nbytes / read.seconds, read.processors / threads
     return Row((size.rows, size.cols), batch, threads, ours, speed, had, tuple(peers), absent)
+
+
+def _entry(who: Contestant, timing: Timing, size: Size, batch: int) -> Entry:
+    bits, speed = 8 * who.nbytes / size.weights, batch * size.weights / timing.seconds
+    return Entry(who.name, who.kind, who.nbytes, who.copies, bits, speed, timing)
 
 
 def machine(peers: Sequence[str]) -> dict[str, Any]:

@@ -25,47 +25,57 @@ def _containers(names: list[str]) -> str:
 @app.command()
 def formats(json: Json = False) -> int:
     """List every layout. Bits per weight, block, which containers hold it."""
-    from packfmt import codecs, exporters
+    from packfmt import codecs
     from packfmt.cli import show
 
-    rows: list[dict[str, Any]] = []
-    for name in codecs.names():
-        codec = codecs.get(name)
-        layout, block = codec.layout, codec.layout.block
-        shape = (block["rows"], block["cols"])
-        # some containers want more rows than a block has, or a stack of experts
-        several = (32 * block["rows"], block["cols"])
-        holds = [
-            c
-            for c in exporters.NAMES
-            if not all(exporters.get(c).refusal(layout, shape) for shape in (several, (2, *several)))
-        ]
-        rows.append(
-            {
-                "layout": name,
-                "bits_per_weight": layout.bits_per_weight,
-                "block": list(shape),
-                "containers": holds,
-                "encoders": list(codec.encoders),
-                "purpose": layout.purpose,
-                "id": layout.id,
-                "sources": list(layout.sources),
-            }
-        )
+    rows = [_described(name) for name in codecs.names()]
     if json:
         show.as_json(rows)
-    else:
-        show.table(
-            ("layout", "bits/weight", "block", "containers", "encoders", "what it is"),
-            [
-                (r["layout"], f"{r['bits_per_weight']:.6g}", show.shape(tuple(r["block"])),
-                 _containers(r["containers"]), ", ".join(r["encoders"]), r["purpose"])
-                for r in rows
-            ],
-        )  # fmt: skip
-        for _, written in codecs.PATTERNS.values():
-            print(f"and {written}")
+        return GOOD
+    heads = ("bits/weight", "block", "containers", "encoders", "what it is")
+    show.table(("layout", *heads), [(r["layout"], *_columns(r)) for r in rows])
+    print("\nand these, made as their names say:\n")
+    made = [
+        ("" if i else codecs.PATTERNS[module][1], name, *_columns(_described(name)))
+        for module, some in codecs.EXAMPLES.items()
+        for i, name in enumerate(some)
+    ]
+    show.table(("name", "such as", *heads), made)
     return GOOD
+
+
+def _described(name: str) -> dict[str, Any]:
+    """What the list says of a layout."""
+    from packfmt import codecs, exporters
+
+    codec = codecs.get(name)
+    layout, block = codec.layout, codec.layout.block
+    shape = (block["rows"], block["cols"])
+    # some containers want more rows than a block has, or a stack of experts
+    several = (32 * block["rows"], block["cols"])
+    holds = [
+        c
+        for c in exporters.NAMES
+        if not all(exporters.get(c).refusal(layout, shape) for shape in (several, (2, *several)))
+    ]
+    return {
+        "layout": name,
+        "bits_per_weight": layout.bits_per_weight,
+        "block": list(shape),
+        "containers": holds,
+        "encoders": list(codec.encoders),
+        "purpose": layout.purpose,
+        "id": layout.id,
+        "sources": list(layout.sources),
+    }
+
+
+def _columns(row: dict[str, Any]) -> tuple[str, ...]:
+    """Bits a weight, block, containers, encoders and what it is, for people."""
+    from packfmt.cli import show
+
+    bits, block = f"{row['bits_per_weight']:.6g}", show.shape(tuple(row["block"]))
+    return bits, block, _containers(row["containers"]), ", ".join(row["encoders"]), row["purpose"]
 
 
 @app.command()

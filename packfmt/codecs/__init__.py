@@ -50,11 +50,22 @@ PATTERNS = {  # module -> the names that it makes formats of: an expression, and
     "packed_int": (r"ct_int[2-8](_legacy)?_(row|g[1-9]\d{0,4})(_asym)?(_f16|_f32)?", "ct_int<bits>_<row or g<n>>"),
     "rotated": (rf"({ROTATED})_h(16|32|64|128|256)", "<format>_h<size>"),
     "mote": (r"mote_[1-9]\d{0,3}", "mote_<experts>"),
-    "tiled": (r"[a-z0-9_]+_(tile16|words32|nibbles32)", "<format>_tile16"),
+    "tiled": (r"[a-z0-9_]+_(tile16|words32|nibbles32)", "<format>_tile16, _words32 or _nibbles32"),
     "tl1": (r"tl1(_[1-9]\d{0,5}){3}", "tl1_<bm>_<bk>_<bmm>"),
     "tl2": (r"tl2(_[1-9]\d{0,6}){4}", "tl2_<rows>_<cols>_<bm>_<bk>"),
 }
-
+EXAMPLES = {  # module -> some of the names, to show what they mean
+    "arcquant": ("arcquant_64",),
+    "minifloats": ("e3m2_g32",),
+    "mote": ("mote_8",),
+    "nvfp4_experts": ("nvfp4_x8",),
+    "outlier_channels": ("mxfp4_out8",),
+    "packed_int": ("ct_int4_g128",),
+    "rotated": ("nvfp4_h16",),
+    "tiled": ("mxfp4_tile16", "sherry_words32", "sherry_nibbles32"),
+    "tl1": ("tl1_256_128_64",),
+    "tl2": ("tl2_3200_8640_160_96",),
+}
 NEARLY = {  # module -> what names look like that were meant for it
     "arcquant": r"arcquant.*",
     "minifloats": r"e\d+m\d+.*",
@@ -63,7 +74,7 @@ NEARLY = {  # module -> what names look like that were meant for it
     "outlier_channels": r".*_out\d*",
     "packed_int": r"ct_int.*",
     "rotated": r".*_h\d+",
-    "tiled": r".*_tile\d*",
+    "tiled": r".*_(tile|word|nibble)s?\d*",
     "tl1": r"tl1.*",
     "tl2": r"tl2.*",
 }
@@ -99,16 +110,25 @@ def get(name: str) -> Codec:
             made: Codec = import_module(f"{__name__}.{module}").codec(name)
             return made
     if name not in _modules():
-        called = [
-            n for n in names() if name.upper() in (n.upper(), *(other.upper() for _, other in get(n).layout.also))
-        ]
-        numbered = [PATTERNS[m][1] for m, loosely in NEARLY.items() if re.fullmatch(loosely, name)]
-        near = called or numbered or get_close_matches(name, names(), 3, 0.5)
+        near = _near(name)
         hint = f"did you mean {' or '.join(near)}?" if near else "packfmt formats lists them"
         raise PlanError(f"no format is called {name!r}; {hint}")
     holder = import_module(_modules()[name])
     codec: Codec = holder.CODECS[name] if hasattr(holder, "CODECS") else holder.CODEC
     return codec
+
+
+def _near(name: str) -> list[str]:
+    """What a name of no format may mean: formats, or the way that names with numbers are written."""
+    plain = name.lower().replace("-", "_")
+    if known(plain):
+        return [plain]
+    if called := [n for n in names() if plain in (other.lower() for _, other in get(n).layout.also)]:
+        return called
+    if tiling := import_module(f"{__name__}.tiled").meant(plain):
+        return [tiling]
+    numbered = [PATTERNS[m][1] for m, loosely in NEARLY.items() if re.fullmatch(loosely, plain)]
+    return numbered or get_close_matches(plain, names(), 3, 0.5)
 
 
 def known(name: str) -> bool:

@@ -92,13 +92,13 @@ CODECS = {
         UE5M3,
         {r: partial(scaled.fp4_ue5m3, rule=r) for r in ("best", "rtn")},
         ("best",),
-        remark=partial(above, most=6 * 114688),
+        remark=above(6 * 114688),
     ),
     "if4": _codec(IF4, scaled.if4, "best", "fouroversix"),
     "hif4": Codec(
         HIF4,
         {r: partial(hif4.hif4, rule=r) for r in ("best", "amct")},
         ("best",),
-        remark=partial(above, most=7 * 49152),
+        remark=above(7 * 49152),
     ),
 }

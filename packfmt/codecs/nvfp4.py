@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from packfmt.codec import Codec
+from packfmt.codec import Codec, Remark
 from packfmt.kernels import fp4
 from packfmt.layout import Codes, Component, Layout, Values, cols, grid, rows
 
@@ -139,12 +139,16 @@ def _plain(weight: np.ndarray, rule: str, **choice: Any) -> Parts:
     return {name: parts[name] for name in ("codes", "scale")}
 
 
-def above(weight: np.ndarray, most: float) -> str:
-    """How many weights are beyond the largest number of a layout without a scale for the tensor, in words."""
+def above(most: float) -> Remark:
+    """How many weights are beyond the largest number of a layout without a scale for the tensor."""
+    end = f"weights are beyond {most:g}, the largest number there is, and become that"
+    return Remark(partial(_beyond, most=most), lambda count, weights: f"{count} of {weights} {end}")
+
+
+def _beyond(weight: np.ndarray, most: float) -> int:
     if max(-weight.min(initial=0), weight.max(initial=0)) <= most:
-        return ""
-    count = int((np.abs(weight) > most).sum())
-    return f"{count} of {weight.size} weights are beyond {most:g}, the largest number there is, and become that"
+        return 0
+    return int((np.abs(weight) > most).sum())
 
 
 def _codec(layout: Layout, *parity: str, down: bool = False) -> Codec:
@@ -158,7 +162,7 @@ def _codec(layout: Layout, *parity: str, down: bool = False) -> Codec:
 CODECS = {
     "nvfp4": _codec(GGUF, "modelopt"),
     "nvfp4_plain": Codec(
-        PLAIN, {r: partial(_plain, rule=r) for r in ("best", "ggml")}, ("best",), remark=partial(above, most=6 * 448)
+        PLAIN, {r: partial(_plain, rule=r) for r in ("best", "ggml")}, ("best",), remark=above(6 * 448)
     ),
     "nvfp4_modelopt": _codec(TWO, "modelopt", "torchao"),
     "nvfp4_ct": _codec(CT_LAYOUT, "compressed-tensors"),

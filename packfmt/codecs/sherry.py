@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from packfmt.codec import Codec
+from packfmt.codec import Codec, Remark
 from packfmt.kernels import spell, ternary, ternary_blocks
 from packfmt.layout import COLS, ROWS, Axis, Codes, Component, Digit, Layout, Values, cols, grid, rows
 from packfmt.spellings import contiguous_quads
@@ -110,6 +110,7 @@ T32_S16 = _tile("sherry_t32_s16", 16, APART)
 
 Weights = np.ndarray
 WEIGHTED = ("mean", "row", "tensor")
+WHOLE = ("tensor",)  # one scale for all rows, though each group has a place for its own
 
 
 def _row_parts(weight: Weights, **choice: Any) -> dict[str, Weights]:
@@ -130,10 +131,13 @@ def _tile_parts(weight: Weights, stride: int, **choice: Any) -> dict[str, Weight
     return {"codes": spell.write_fives(parts["codes"]), "scale": parts["scale"][:, :, None]}
 
 
-def _remark(weight: Weights, stride: int, group: int) -> str:
+def _remark(stride: int, group: int) -> Remark:
     """Quads of a model that is ternary already, which this layout cannot hold."""
-    count = ternary.misfits(weight, stride, group or weight.shape[1])
-    return f"{count} of {weight.size // 4} quads are ternary, but have not exactly one zero" if count else ""
+
+    def count(weight: Weights) -> int:
+        return ternary.misfits(weight, stride, group or weight.shape[1])
+
+    return Remark(count, lambda n, weights: f"{n} of {weights // 4} quads are ternary, but have not exactly one zero")
 
 
 def _codec(
@@ -153,7 +157,7 @@ def _codec(
     if amax:
         encoders["amax"] = partial(parts, scale_rule="amax")
     fast = {"mean": partial(ternary_blocks.sherry, stride=stride, block=block)} if block else {}
-    return Codec(layout, encoders, WEIGHTED, fast, partial(_remark, stride=stride, group=group))
+    return Codec(layout, encoders, WEIGHTED, fast, _remark(stride, group), whole=WHOLE)
 
 
 def _side(stride: int, group: int) -> Callable[..., dict[str, Weights]]:
@@ -164,7 +168,8 @@ PER_ROW_CODEC = Codec(
     PER_ROW,
     {"mean": _row_parts, "tensor": partial(_row_parts, share="tensor")},
     ("mean", "tensor"),
-    remark=partial(_remark, stride=1, group=0),
+    remark=_remark(1, 0),
+    whole=WHOLE,
 )
 CODECS = {
     "sherry": _codec(SHERRY, _side(1, 256), 1, 256, 256, amax=True),

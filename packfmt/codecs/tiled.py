@@ -8,7 +8,9 @@ Numbers and worked example: spec/formats/tiled.md
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from math import lcm
 from typing import Any
@@ -20,6 +22,9 @@ from packfmt.codec import Codec
 from packfmt.errors import PlanError
 from packfmt.layout import Layout
 from packfmt.meaning import BLOCK, meaning
+
+# by form of tiling: how it holds the codes, if it holds them for look-ups
+CODES = {"": "", "words": ", codes in words of 16 bits", "nibbles": ", four bits of codes apart from the fifth"}
 
 
 def codec(name: str) -> Codec:
@@ -43,10 +48,29 @@ def codec(name: str) -> Codec:
     found = tilings.tile(base.layout, shape, form)
     if found is None:
         raise PlanError(f"{name}: {_why_not(base.layout, shape, form)}; use {of} itself")
-    layout = replace(found.layout, sources=base.layout.sources)
+    purpose = found.layout.purpose + CODES[form]
+    layout = replace(found.layout, purpose=purpose, sources=base.layout.sources)
     encoders = {rule: partial(_tiled, base=base, rule=rule, layout=layout, form=form) for rule in base.encoders}
     fast = {rule: partial(_at_once, base=base, rule=rule, form=form) for rule in base.fast}
-    return Codec(layout, encoders, base.weighted, fast, base.remark, base.shared, base.least_cols)
+    return Codec(layout, encoders, base.weighted, fast, base.remark, base.shared, base.least_cols, base.whole)
+
+
+def meant(name: str) -> str:
+    """What a misspelt name of a tiling means: a tiling, or its format if that has none; empty if no format is in it."""
+    parts = re.fullmatch(r"(.+?)_?((?:tile|word|nibble)s?\d*)", name)
+    if not parts or not codecs.known(parts[1]):
+        return ""
+    forms = [suffix.lstrip("_") for suffix in tilings.SUFFIXES.values()]
+    near = get_close_matches(parts[2], forms, 1, 0) + forms[:1]
+    return next((there for form in near if _is_one(there := f"{parts[1]}_{form}")), parts[1])
+
+
+def _is_one(name: str) -> bool:
+    try:
+        codecs.get(name)
+    except PlanError:
+        return False
+    return True
 
 
 def _why_not(layout: Layout, shape: tuple[int, int], form: str) -> str:
