@@ -29,8 +29,10 @@ class Checkpoint(Mapping[str, PackedTensor]):
     Dense tensors come in layouts of `layout.DENSE`. Use as a context manager, or call `close`.
     """
 
-    def __init__(self, path: Path, container: str, source: exporters.Source) -> None:
-        self.path, self.container = path, container
+    def __init__(
+        self, path: Path, container: str, source: exporters.Source, read_as: Mapping[str, str] | None = None
+    ) -> None:
+        self.path, self.container, self.read_as = path, container, dict(read_as or {})
         self._source = source
 
     @property
@@ -43,6 +45,32 @@ class Checkpoint(Mapping[str, PackedTensor]):
 
     def __getitem__(self, name: str) -> PackedTensor:
         return self._source.read(name)
+
+    def rows(self, name: str, start: int, stop: int) -> PackedTensor:
+        """Rows start to stop of a tensor as a matrix, leading axes flattened: (stop - start, cols). Only they are read.
+
+        No checksum is checked: `check` does that for the whole tensor.
+
+        Raises
+        ------
+        LayoutError
+            If its layout cannot be cut there (`slices.unit`).
+        """
+        return self._source.read(name, (start, stop))
+
+    def check(self, name: str) -> None:
+        """Compare a tensor's bytes with its checksums, if the file has any; a few megabytes are held.
+
+        Raises
+        ------
+        ContainerError
+            If they differ.
+        """
+        self._source.check(name)
+
+    def files(self) -> list[Path]:
+        """The files that hold the model."""
+        return self._source.files()
 
     def map(self, name: str) -> PackedTensor:
         """The tensor as it lies in a safetensors file, memory-mapped: nothing is copied, no checksum is checked.
@@ -108,7 +136,7 @@ def open(
             for kind, choices in undecided.items():
                 told[kind] = by_correlation(path, name, kind, choices, model, told)
         source = exporters.get(name).open(path, foreign_layout, told)
-    return Checkpoint(path, name, source)
+    return Checkpoint(path, name, source, told)
 
 
 def by_correlation(

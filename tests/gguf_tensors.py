@@ -12,6 +12,7 @@ from packfmt.codec import PackedTensor
 from packfmt.exporters import Extras, gguf
 from packfmt.layout import DENSE, Codes, Layout, Values, blocks, cols, dtype_of, grid
 from packfmt.plan import Plan, Step
+from tests.outputs import save
 
 # Block sizes as ggml has them; what is inside a block is not this container's business.
 Q4_0 = blocks(
@@ -56,7 +57,7 @@ def plan_of(tensors: dict[str, PackedTensor], source: str = "a/model") -> Plan:
 
 
 def write(path: Path, tensors: dict[str, PackedTensor], extras: Extras | None = None) -> Path:
-    gguf.write(path, plan_of(tensors), tensors.values(), extras or Extras())
+    save(gguf, path, plan_of(tensors), tensors.values(), extras or Extras())
     return path
 
 

@@ -19,6 +19,7 @@ from packfmt.exporters import Extras, bitnet
 from packfmt.layout import DENSE
 from packfmt.plan import Plan, Step
 from tests.models import BF16
+from tests.outputs import save
 
 F32 = np.float32
 CLASSES = {"bitnet": "autobitlinear", "bitnet_divide": "bitlinear"}
@@ -327,7 +328,7 @@ def test_what_transformers_would_not_load_is_refused(
     for other in layouts[1:]:
         steps.append(Step("proj.weight", shape, "float32", DENSE["f32"], codecs.get(other).layout, "quantise", ""))
     with pytest.raises(PlanError, match=message):
-        bitnet.write(tmp_path / "out", Plan("m", "bitnet", tuple(steps)), [], Extras({}))
+        save(bitnet.DIALECT, tmp_path / "out", Plan("m", "bitnet", tuple(steps)), [], Extras({}))
     assert not list(tmp_path.iterdir())
 
 
@@ -335,12 +336,12 @@ def test_a_folder_needs_its_config_and_is_no_file(tmp_path: Path) -> None:
     packed = codecs.get("bitnet").encode(trits(4, 8))
     plan = Plan("m", "bitnet", (Step("a.weight", (4, 8), "float32", packed.layout, packed.layout, "keep", ""),))
     with pytest.raises(PlanError, match=r"m: has no config\.json"):
-        bitnet.write(tmp_path / "out", plan, [packed], Extras())
+        save(bitnet.DIALECT, tmp_path / "out", plan, [packed], Extras())
     with pytest.raises(PlanError, match=r"out\.gguf: Hugging Face's BitNet is a folder"):
-        bitnet.write(tmp_path / "out.gguf", plan, [packed], Extras({}))
+        save(bitnet.DIALECT, tmp_path / "out.gguf", plan, [packed], Extras({}))
     for tensors, message in (([], "a.weight: got nothing"), ([packed, packed], "more tensors than the 1 planned")):
         with pytest.raises(PlanError, match=message):
-            bitnet.write(tmp_path / "out", plan, tensors, Extras({}))
+            save(bitnet.DIALECT, tmp_path / "out", plan, tensors, Extras({}))
     assert not list(tmp_path.iterdir())
 
 

@@ -21,6 +21,7 @@ from packfmt.exporters import Extras, compressed_tensors, safetensors_header
 from packfmt.layout import DENSE
 from packfmt.plan import Plan, Step
 from tests.models import BF16, normal
+from tests.outputs import save
 
 F32 = np.float32
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -239,7 +240,7 @@ def test_files_are_cut_and_indexed(tmp_path: Path) -> None:
         for n in ("a", "b")
     ]
     plan = Plan("m", compressed_tensors.NAME, tuple(steps))
-    compressed_tensors.DIALECT.write(tmp_path / "out", plan, [packed, packed], Extras({}))
+    save(compressed_tensors.DIALECT, tmp_path / "out", plan, [packed, packed], Extras({}))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["b.weight_scale"] == "b.safetensors"
     assert sorted(set(index["weight_map"].values())) == ["a.safetensors", "b.safetensors"]
@@ -428,7 +429,7 @@ def test_what_the_package_would_not_load_is_refused(
     target = DENSE.get(layout) or codecs.get(layout).layout
     step = Step(name, shape, "float32", DENSE["f32"], target, "quantise", "")
     with pytest.raises(PlanError, match=message):
-        compressed_tensors.DIALECT.write(tmp_path / "out", Plan("m", "", (step,)), [], Extras({}))
+        save(compressed_tensors.DIALECT, tmp_path / "out", Plan("m", "", (step,)), [], Extras({}))
     assert not list(tmp_path.iterdir())
 
 

@@ -23,6 +23,7 @@ from packfmt.layout import DENSE, Layout
 from packfmt.plan import Plan, Recipe, Step
 from tests import models
 from tests.models import BF16, PAIRS, normal
+from tests.outputs import save
 
 F32 = np.float32
 TOYS = replace(PAIRS, sources=("a test",))  # q4_0's numbers, scales apart
@@ -88,7 +89,7 @@ def dense(array: np.ndarray) -> PackedTensor:
 
 def write(path: Path, tensors: Mapping[str, PackedTensor], files: Mapping[str, str] | None = None) -> Path:
     steps = tuple(step(name, tensor, (files or {}).get(name, "")) for name, tensor in tensors.items())
-    TOY.write(path, Plan("m", "toy", steps), tensors.values(), Extras({"model_type": "x"}))
+    save(TOY, path, Plan("m", "toy", steps), tensors.values(), Extras({"model_type": "x"}))
     return path
 
 
@@ -131,7 +132,8 @@ def test_files_are_indexed_and_whole(tmp_path: Path, toy: Dialect) -> None:
         for name, tensor in weights.items():
             assert model[name].decode().tobytes() == tensor.decode().tobytes()
     with pytest.raises(PlanError, match=r"c\.weight: got nothing"):
-        TOY.write(
+        save(
+            TOY,
             tmp_path / "short",
             Plan("m", "toy", tuple(step(n, t) for n, t in weights.items())),
             list(weights.values())[:2],
@@ -201,11 +203,11 @@ def test_what_the_dialect_cannot_hold_is_refused(tmp_path: Path, toy: Dialect) -
     good, brought = packed(), Layout.from_json(PAIRS.to_json())
     plan = Plan("m", "toy", (step("a.weight", good),))
     with pytest.raises(PlanError, match=r"m: has no config\.json"):
-        TOY.write(tmp_path / "out", plan, [good], Extras())
+        save(TOY, tmp_path / "out", plan, [good], Extras())
     with pytest.raises(PlanError, match=r"out\.safetensors: the toy is a folder"):
-        TOY.write(tmp_path / "out.safetensors", plan, [good], Extras({}))
+        save(TOY, tmp_path / "out.safetensors", plan, [good], Extras({}))
     with pytest.raises(PlanError, match=r"a: is not called \.weight; say --map 'a=keep'"):
-        TOY.write(tmp_path / "out", Plan("m", "toy", (step("a", good),)), [good], Extras({}))
+        save(TOY, tmp_path / "out", Plan("m", "toy", (step("a", good),)), [good], Extras({}))
     with pytest.raises(PlanError, match=r"a\.codes and a\.weight: both would be stored as 'a\.codes'"):
         write(tmp_path / "out", {"a.weight": good, "a.codes": dense(normal(3, 5))})
     assert TOY.refusal(codecs.get("q8_0").layout, (4, 32)) == "the toy holds q4_0_pairs and dense tensors, not q8_0"

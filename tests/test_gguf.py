@@ -38,6 +38,7 @@ from tests.gguf_tensors import (
     tensor_of,
     write,
 )
+from tests.outputs import save
 
 # ---------------------------------------------------------------- with gguf's own reader and writer
 
@@ -162,7 +163,7 @@ def test_a_changed_layout_drops_the_file_type_and_old_keys_of_ours(tmp_path: Pat
     for before, kept in ((Q8_0, False), (Q4_0, True)):
         path = tmp_path / f"{kept}.gguf"
         step = Step("w", packed.shape, "float32", before, Q4_0, "requantise", "")
-        gguf.write(path, Plan("m", "gguf", (step,)), [packed], Extras(keyvalues=carried))
+        save(gguf, path, Plan("m", "gguf", (step,)), [packed], Extras(keyvalues=carried))
         source = gguf.open(path, resolve)
         assert ("general.file_type" in source.extras.keyvalues) is kept
         assert not any(key.startswith("packfmt.") for key in source.extras.keyvalues)
@@ -238,7 +239,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
             del tensor
 
     steps = tuple(Step(name, shape, "float32", Q8_0, Q8_0, "keep", "") for name, shape in shapes.items())
-    gguf.write(tmp_path / "m.gguf", Plan("m", "gguf", steps), stream(), Extras())
+    save(gguf, tmp_path / "m.gguf", Plan("m", "gguf", steps), stream(), Extras())
     assert len(before) == 4
 
 
@@ -275,14 +276,14 @@ def test_a_tensor_that_is_not_its_steps_is_refused_and_nothing_stays(tmp_path: P
         ([a, b, b], r"more tensors than the 2 planned"),
     ):
         with pytest.raises(PlanError, match=message):
-            gguf.write(tmp_path / "m.gguf", plan, tensors, Extras())
+            save(gguf, tmp_path / "m.gguf", plan, tensors, Extras())
     for steps, message in (
         ((plan.steps[0],) * 2, "a: planned twice"),
         (plan_of({"w" * 64: a}).steps, "a name of 64 bytes"),
         (plan_of({"a": tensor_of(DENSE["u8"], (2,))}).steps, "a: GGUF has no type for u8"),
     ):
         with pytest.raises(PlanError, match=message):
-            gguf.write(tmp_path / "m.gguf", Plan("m", "gguf", steps), [a, a], Extras())
+            save(gguf, tmp_path / "m.gguf", Plan("m", "gguf", steps), [a, a], Extras())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,6 +17,7 @@ from packfmt.exporters import Extras, gpt_oss, quark
 from packfmt.layout import DENSE
 from packfmt.plan import Plan, Step
 from tests.models import BF16, normal
+from tests.outputs import save
 
 F32 = np.float32
 GATE_UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
@@ -89,7 +90,7 @@ def test_what_is_no_expert_is_refused(tmp_path: Path) -> None:
     ):
         plan = Plan("m", "gpt_oss", (Step(GATE_UP, shape, "bfloat16", before, target, "keep", ""),))
         with pytest.raises(PlanError, match=message):
-            gpt_oss.DIALECT.write(tmp_path / "out", plan, [], Extras({}))
+            save(gpt_oss.DIALECT, tmp_path / "out", plan, [], Extras({}))
     assert not list(tmp_path.iterdir())
 
 

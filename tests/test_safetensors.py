@@ -25,13 +25,14 @@ from packfmt.exporters import safetensors_header as header
 from packfmt.layout import DENSE, Codes, Component, Layout, Stream, Values, blocks, cols, grid, rows
 from packfmt.plan import Plan, Step
 from tests.models import folder, normal, same, tensors
+from tests.outputs import save
 
 BAD = Path(__file__).parent.parent / "spec" / "bad"
 
 
 def write(path: Path, **found: PackedTensor) -> Path:
     steps = tuple(Step(n, t.shape, t.dtype, t.layout, t.layout, "keep", "") for n, t in found.items())
-    container.write(path, Plan("", "safetensors", steps), iter(found.values()), Extras())
+    save(container, path, Plan("", "safetensors", steps), iter(found.values()), Extras())
     return path
 
 
@@ -149,7 +150,7 @@ def test_a_writer_given_another_tensor_than_planned_leaves_nothing(tmp_path: Pat
     packed = codecs.get("q8_0").encode(normal(8, 64))
     step = Step("w", (8, 32), "float32", packed.layout, packed.layout, "keep", "")
     with pytest.raises(PlanError, match=r"w: got q8_0 \(8, 64\), planned q8_0 \(8, 32\)"):
-        container.write(tmp_path / "m.safetensors", Plan("", "safetensors", (step,)), iter([packed]), Extras())
+        save(container, tmp_path / "m.safetensors", Plan("", "safetensors", (step,)), iter([packed]), Extras())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from packfmt.exporters import Extras
 from packfmt.layout import COLS, DENSE, ROWS, Axis, Digit, Values, blocks, grid
 from packfmt.plan import Plan, Step
 from tests.models import folder, normal
+from tests.outputs import save
 
 BAD = Path(__file__).parent.parent / "spec" / "bad"
 CASES = json.loads((BAD / "cases.json").read_text())
@@ -92,7 +93,7 @@ def test_a_grid_that_cannot_take_its_parts_is_a_finding_and_a_broken_law(tmp_pat
     tensor = PackedTensor(layout, (64, 64), {"blocks": np.zeros((64, 80), np.uint8)})
     step = Step("w", (64, 64), "float32", layout, layout, "keep", "")
     target = tmp_path / "evil.safetensors"
-    exporters.get("safetensors").write(target, Plan("", "safetensors", (step,)), iter([tensor]), Extras())
+    save(exporters.get("safetensors"), target, Plan("", "safetensors", (step,)), iter([tensor]), Extras())
     (found,) = verify.validate(target)
     assert found.rule == "PF111" and "runs of" in found.message
     assert "runs of" in verify.laws(tensor)[0]

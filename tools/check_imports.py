@@ -2,7 +2,7 @@
 
     errors <- minifloat, layout <- placement <- spellings <- grids, respelling, fused
            <- meaning <- tilings <- retiling <- products <- codec
-           <- prepared, plan, codecs, exporters <- checkpoint <- verify <- conversion <- hub, bench, cli
+           <- prepared, slices, plan, codecs, exporters <- checkpoint <- verify <- conversion <- hub, bench, cli
 
 Imports inside functions count; those under `if TYPE_CHECKING` do not.
 """
@@ -38,10 +38,11 @@ LAW = {
     "prepared": "layout codec products",
     "plan": "layout codec",
     "codecs": "layout minifloat placement spellings grids meaning tilings retiling codec kernels",
-    "exporters": "layout codec plan",
+    "slices": "layout codec",
+    "exporters": "layout codec slices plan",
     "checkpoint": "layout placement grids codec plan codecs exporters",
     "verify": "layout placement grids products codec plan codecs exporters checkpoint kernels",
-    "conversion": "layout placement grids codec plan codecs exporters checkpoint kernels verify",
+    "conversion": "layout placement grids codec slices plan codecs exporters checkpoint kernels verify",
     "bench": "layout codec codecs prepared kernels",
     "hub": "layout codec plan codecs exporters checkpoint conversion verify",
     "demo": "layout grids codec plan codecs exporters checkpoint conversion verify",

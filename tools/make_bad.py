@@ -18,7 +18,7 @@ import numpy as np
 
 from packfmt import codecs, exporters
 from packfmt.codec import PackedTensor
-from packfmt.exporters import Extras
+from packfmt.exporters import Extras, output
 from packfmt.layout import DENSE, Codes, Component, Layout, cols, grid, rows
 from packfmt.plan import Plan, Step
 
@@ -45,7 +45,8 @@ def whole(container: str, *tensors: tuple[str, PackedTensor]) -> bytes:
     steps = tuple(Step(n, t.shape, t.dtype, t.layout, t.layout, "keep", "") for n, t in tensors)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"good{exporters.SUFFIXES[container]}"
-        exporters.get(container).write(path, Plan("", container, steps), (t for _, t in tensors), Extras())
+        plan = Plan("", container, steps)
+        output.write(exporters.get(container).lay(path, plan, Extras()), path, plan, (t for _, t in tensors))
         return path.read_bytes()
 
 

@@ -8,7 +8,7 @@ A module has
     plan_refusal(steps)                          why it cannot hold such tensors together, or ""
     extras_refusal(extras)                       why it cannot do with what the model has beside them, or ""
     remarks(steps)                               what a user should know of the output: what it leaves out, and why
-    write(path, plan, tensors, extras, check)    one tensor at a time; `path` appears only when whole and checked
+    lay(path, plan, extras)                      an Output: where every byte of every tensor will stand
     open(path, layouts, read_as)                 a Source; `read_as` says which layouts foreign types are meant as
 
 or a `DIALECT` that has these as its methods (`folder.Dialect`): a folder in Hugging Face's form, whose config.json
@@ -21,7 +21,7 @@ installed layout bears a name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
@@ -30,7 +30,7 @@ from typing import Any, Protocol, cast
 
 from packfmt.codec import PackedTensor
 from packfmt.errors import PlanError
-from packfmt.exporters.whole import Check
+from packfmt.exporters.output import Output
 from packfmt.layout import Layout
 from packfmt.plan import Holder, Plan, Step, TensorInfo
 
@@ -77,8 +77,17 @@ class Source(Protocol):
     def undecided(self) -> Mapping[str, tuple[str, ...]]:
         """Types whose layout the file does not tell -> the layouts that it may be, if they are few."""
 
-    def read(self, name: str) -> PackedTensor:
-        """The tensor, a dense one in a layout of `layout.DENSE`; its checksum is checked where there is one."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> PackedTensor:
+        """The tensor, a dense one in a layout of `layout.DENSE`; its checksum is checked where there is one.
+
+        rows : only these, of the tensor as a matrix; unchecked. Several threads may read at once.
+        """
+
+    def check(self, name: str) -> None:
+        """Compare the tensor's checksums, a piece at a time; without any, there is nothing to compare."""
+
+    def files(self) -> list[Path]:
+        """What was opened, and whatever decides how it is read."""
 
     def map(self, name: str) -> PackedTensor:
         """The tensor as it lies in the file, unchecked, where the container can; else as `read`."""
@@ -91,9 +100,7 @@ class Container(Holder, Protocol):
 
     def extras_refusal(self, extras: Extras) -> str: ...
     def remarks(self, steps: tuple[Step, ...]) -> list[str]: ...
-    def write(
-        self, path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
-    ) -> None: ...
+    def lay(self, path: Path, plan: Plan, extras: Extras) -> Output: ...
     def open(self, path: Path, layouts: Layouts, read_as: Mapping[str, str] = ...) -> Source: ...
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from packfmt.codec import PackedTensor
-from packfmt.errors import ContainerError, PlanError
+from packfmt.errors import ContainerError
 from packfmt.exporters import SIGNS, Extras, KeyValue
-from packfmt.exporters.whole import whole_file
-from packfmt.plan import Plan, Step
+from packfmt.exporters.whole import sync_folder
+from packfmt.plan import Step
 
 SUFFIX = ".safetensors"
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -21,51 +20,37 @@ KEYVALUES = "gguf_keyvalues.json"  # a GGUF's metadata, so that it can become a 
 QUANTISED = "quantization_config"  # the key of config.json
 INNER, OLD = "text_config", "compression_config"  # where a multimodal model may have it; what it was called before
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".partial")
-WriteFile = Callable[[BinaryIO, tuple[Step, ...], Iterator[PackedTensor]], tuple[str, ...]]
 
 
 # ---------------------------------------------------------------- writing
 
 
-def write_files(folder: Path, plan: Plan, tensors: Iterator[PackedTensor], write_file: WriteFile) -> None:
-    """The safetensors files that the steps name, and an index if they name several.
+def by_file(steps: Iterable[Step]) -> dict[str, tuple[Step, ...]]:
+    """The files that the steps name, in the order in which they name them -> their steps."""
+    files: dict[str, list[Step]] = {}
+    for step in steps:
+        files.setdefault(step.file or SINGLE, []).append(step)
+    return {name: tuple(found) for name, found in files.items()}
 
-    `write_file` writes one and gives the names of the tensors in it.
 
-    Raises
-    ------
-    PlanError
-        If there are more tensors than steps.
-    """
-    places: dict[str, str] = {}
-    for name, group in groupby(plan.steps, key=lambda step: step.file or SINGLE):
-        with whole_file(folder / name) as file:
-            places |= dict.fromkeys(write_file(file, tuple(group), tensors), name)
-    check_exhausted(plan, tensors)
+def write_index(folder: Path, tensors: Mapping[str, Iterable[str]]) -> None:
+    """The index of a folder's files, if they are several. tensors : file -> the names of the tensors in it"""
+    places = {tensor: file for file, names in tensors.items() for tensor in names}
     if set(places.values()) != {SINGLE}:
         total = sum((folder / name).stat().st_size for name in set(places.values()))
         dump(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def check_exhausted(plan: Plan, tensors: Iterator[PackedTensor]) -> None:
-    """Refuse tensors that no step announced."""
-    if next(tensors, None) is not None:
-        raise PlanError(f"more tensors than the {len(plan.steps)} planned")
-
-
-def check_step(step: Step, tensor: PackedTensor | None) -> PackedTensor:
-    """The tensor, if it is the one that the step announced."""
-    if tensor is None or (tensor.layout, tensor.shape) != (step.layout, step.shape):
-        got = "nothing" if tensor is None else f"{tensor.layout.name} {tensor.shape}"
-        raise PlanError(f"{step.name}: got {got}, planned {step.layout.name} {step.shape}")
-    return tensor
-
-
 def write_extras(folder: Path, extras: Extras, quantised: Mapping[str, Any] | None) -> None:
-    """Side files, and config.json with `quantised` as its `quantization_config`."""
+    """Side files, and config.json with `quantised` as its `quantization_config`; all is synced, but `folder` itself."""
     for name, source in extras.files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as old, target.open("wb") as new:
+            shutil.copyfileobj(old, new)
+            _sync(new)
+    for parent in sorted({p for name in extras.files for p in Path(name).parents if p.name}):
+        sync_folder(folder / parent)
     if extras.config is not None:
         dump(folder / CONFIG, without_quantised(extras.config) | ({QUANTISED: dict(quantised)} if quantised else {}))
     if extras.keyvalues:
@@ -73,9 +58,15 @@ def write_extras(folder: Path, extras: Extras, quantised: Mapping[str, Any] | No
 
 
 def dump(path: Path, data: Any) -> None:
-    """Write a JSON file."""
-    with whole_file(path) as file:
+    """Write a JSON file, and sync it."""
+    with path.open("wb") as file:
         file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+        _sync(file)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------- what config.json says

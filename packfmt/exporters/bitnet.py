@@ -158,4 +158,3 @@ DIALECT = Dialect(
     refusal_of=refusal_of,
     plan_refusal_of=plan_refusal_of,
 )
-write = DIALECT.write

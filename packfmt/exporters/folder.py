@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +35,8 @@ from packfmt.codec import Array, PackedTensor, dense_dtype, dense_values, matrix
 from packfmt.errors import ContainerError, LayoutError, PlanError
 from packfmt.exporters import METHODS, SIGNS, Extras, Layouts, Source, beside, get
 from packfmt.exporters import safetensors_header as header
+from packfmt.exporters.output import Entry, Output, Piece, Place
 from packfmt.exporters.safetensors_header import NAME_OF
-from packfmt.exporters.whole import Check, whole_folder
 from packfmt.layout import DENSE, Layout, Placed
 from packfmt.plan import Plan, Step, TensorInfo
 
@@ -203,11 +203,11 @@ class Dialect:
             form = self.form(step.layout)
             if form and not step.name.endswith(form.end):
                 return f"{step.name}: is not called {form.end}; say --map '{re.escape(step.name)}=keep'"
-            for piece in self._pieces(step, inputs):
-                if piece.name in owner:
-                    both = f"{step.name} and {owner[piece.name]}"
-                    return f"{both}: both would be stored as {piece.name!r}; keep one of them"
-                owner[piece.name] = step.name
+            for tensor in self._tensors(step, inputs):
+                if tensor.name in owner:
+                    both = f"{step.name} and {owner[tensor.name]}"
+                    return f"{both}: both would be stored as {tensor.name!r}; keep one of them"
+                owner[tensor.name] = step.name
         return self.plan_refusal_of(steps)
 
     def extras_refusal(self, extras: Extras) -> str:
@@ -216,15 +216,13 @@ class Dialect:
             return "has no config.json, without which nothing says how weights are meant"
         return self.extras_refusal_of(extras)
 
-    def write(
-        self, path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None
-    ) -> None:
-        """Write the folder, holding one tensor in memory at a time.
+    def lay(self, path: Path, plan: Plan, extras: Extras) -> Output:
+        """A folder, with config.json and the dialect's further files.
 
         Raises
         ------
         PlanError
-            If the container cannot hold the steps, or a tensor is not the one its step announced.
+            If the container cannot hold the steps.
         """
         if path.suffix in (".safetensors", ".gguf"):
             raise PlanError(f"{path}: {self.title} is a folder, whose config.json says how weights are meant")
@@ -238,15 +236,22 @@ class Dialect:
 
         inputs = self._inputs(plan.steps)
         written = tuple(s for s in plan.steps if inputs.get(s.name) != NOWHERE)
+        stored = {step.name: self._tensors(step, inputs) for step in plan.steps}
+        names, heads, sizes, places = {}, {}, {}, {}
+        for file, steps in beside.by_file(plan.steps).items():
+            names[file], heads[file], end = _lay_file([t for s in steps for t in stored[s.name]])
+            begin = len(heads[file])
+            sizes[file] = begin + end
+            places.update({name: Place(file, begin + e.begin, e.end - e.begin) for name, e in names[file].items()})
+        pieces = (tuple(Piece(t.component, places[t.name], t.make) for t in stored[step.name]) for step in plan.steps)
 
-        def write_file(file: BinaryIO, steps: tuple[Step, ...], stream: Iterator[PackedTensor]) -> tuple[str, ...]:
-            return _write_file(file, [(step, self._pieces(step, inputs)) for step in steps], stream)
-
-        with whole_folder(path, check) as folder:
-            beside.write_files(folder, plan, iter(tensors), write_file)
+        def write_beside(folder: Path) -> None:
+            beside.write_index(folder, names)
             beside.write_extras(folder, extras, self.says(written, extras))
             for name, data in self.files(written, extras).items():
                 beside.dump(folder / name, data)
+
+        return Output(sizes, tuple(Entry(p, {}, {}) for p in pieces), lambda *_: heads, write_beside)
 
     def open(self, path: Path, layouts: Layouts, read_as: Mapping[str, str] = MappingProxyType({})) -> Source:
         """Open a folder: as the safetensors container does, which knows all dialects."""
@@ -280,64 +285,58 @@ class Dialect:
                 out[step.name] = form.activation
         return out
 
-    def _pieces(self, step: Step, inputs: Mapping[str, Activation]) -> list[_Piece]:
+    def _tensors(self, step: Step, inputs: Mapping[str, Activation]) -> list[_Tensor]:
         """The tensors of the file that a step becomes."""
         form = self.form(step.layout)
         if form is None:
             now = inputs.get(step.name)
-            return [] if now == NOWHERE else [_dense_piece(step, now)]
+            return [] if now == NOWHERE else [_dense_tensor(step, now)]
         found = []
         for c in step.layout.fit(*matrix(step.shape)).components:
             stored = form.components[c.name]
             dtype = (stored.dtypes or (NAME_OF[c.dtype],))[0]
             shape = stored.shape(c.shape, step.shape)
             shape = (*shape[:-1], 2 * shape[-1]) if dtype == "F4" else shape
-            found.append(_Piece(form.called(step.name, stored.suffix), dtype, shape, _component(c.name)))
+            found.append(_Tensor(form.called(step.name, stored.suffix), dtype, shape, c.name))
         for suffix, constant in form.constants.items():
             array = constant(step.shape)
-            found.append(_Piece(form.called(step.name, suffix), NAME_OF[_dtype_name(array)], array.shape, _same(array)))
+            name, dtype = form.called(step.name, suffix), NAME_OF[_dtype_name(array)]
+            found.append(_Tensor(name, dtype, array.shape, suffix, _same(array)))
         return found
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A tensor of a file, and how it is made of a packed tensor."""
+class _Tensor:
+    """A tensor of a file: a component of a packed tensor, or what `make` makes of that."""
 
     name: str
     dtype: str  # as the file names it
     shape: Shape
-    array: Callable[[PackedTensor], Array]
+    component: str
+    make: Callable[[PackedTensor], Array] | None = None
 
 
-def _write_file(
-    file: BinaryIO, steps: list[tuple[Step, list[_Piece]]], tensors: Iterator[PackedTensor]
-) -> tuple[str, ...]:
-    """One safetensors file; the names of its tensors.
+def _lay_file(tensors: Iterable[_Tensor]) -> tuple[dict[str, header.Entry], bytes, int]:
+    """Entries of a safetensors file, all that stands before the first tensor, and where the last ends after it.
 
-    Of one width they are in the order of their names, so that a file does not tell what it was made from.
+    Tensors of one width are in the order of their names, so that a file does not tell what it was made from.
     """
-    entries, _ = header.lay(sorted((p.name, p.dtype, p.shape) for _, pieces in steps for p in pieces))
+    entries, end = header.lay(sorted((t.name, t.dtype, t.shape) for t in tensors))
     text = header.text(entries, {"format": "pt"})
     room = -(-len(text) // 8) * 8
-    file.write(room.to_bytes(8, "little") + text.ljust(room))
-    for step, pieces in steps:
-        tensor = beside.check_step(step, next(tensors, None))
-        for piece in pieces:
-            file.seek(8 + room + entries[piece.name].begin)
-            file.write(np.ascontiguousarray(piece.array(tensor)).reshape(-1).view(np.uint8).data)
-    return tuple(entries)
+    return entries, room.to_bytes(8, "little") + text.ljust(room), end
 
 
-def _dense_piece(step: Step, now: Activation | None) -> _Piece:
+def _dense_tensor(step: Step, now: Activation | None) -> _Tensor:
     """A dense tensor as it is, or the scale of a layer's inputs as the dialect has it."""
     dtype = NAME_OF[step.layout.fit(*matrix(step.shape)).components[0].dtype]
     was = input_scale(step)
     if was is None or now is None:
-        return _Piece(step.name, dtype, step.shape, _plain)
+        return _Tensor(step.name, dtype, step.shape, "values")
     called = step.name.removesuffix(was.suffix) + now.suffix
     if now.divides != was.divides:
-        return _Piece(called, "F32", now.shape, _inverse)
-    return _Piece(called, dtype, now.shape, _plain)
+        return _Tensor(called, "F32", now.shape, "values", _inverse)
+    return _Tensor(called, dtype, now.shape, "values")
 
 
 def _family(layout: Layout) -> str:
@@ -345,18 +344,10 @@ def _family(layout: Layout) -> str:
     return layout.name.partition("_")[0]
 
 
-def _plain(tensor: PackedTensor) -> Array:
-    return dense_values(tensor)
-
-
 def _inverse(tensor: PackedTensor) -> Array:
     with np.errstate(divide="ignore"):
         inverse: Array = np.float32(1) / dense_values(tensor).astype(np.float32)
     return inverse
-
-
-def _component(name: str) -> Callable[[PackedTensor], Array]:
-    return lambda tensor: tensor.components[name]
 
 
 def _same(array: Array) -> Callable[[PackedTensor], Array]:

@@ -22,27 +22,28 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from threading import Lock
 from types import MappingProxyType
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 
+from packfmt import slices
 from packfmt.codec import Array, PackedTensor, matrix
 from packfmt.errors import ContainerError, LayoutError, PlanError
-from packfmt.exporters import Extras, KeyValue, Layouts
+from packfmt.exporters import Extras, KeyValue, Layouts, output
 from packfmt.exporters import gguf_header as header
 from packfmt.exporters.beside import without_quantised
 from packfmt.exporters.folder import DIVIDES, MULTIPLIES
 from packfmt.exporters.gguf_header import MOST_DIMS, Entry, aligned, alignment_of
 from packfmt.exporters.gguf_types import WEIGHT, GgmlType, among, ggml_types, rooms, sized
-from packfmt.exporters.whole import Check, whole_file
+from packfmt.exporters.output import CHUNK, Lengths, Output, Piece, Place, Sums
+from packfmt.exporters.positional import read_at
 from packfmt.layout import DENSE, DTYPES, Layout, dtype_of
 from packfmt.plan import Plan, Step, TensorInfo
 
@@ -162,8 +163,8 @@ def extras_refusal(extras: Extras) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None) -> None:
-    """Write one file, holding one tensor in memory at a time.
+def lay(path: Path, plan: Plan, extras: Extras) -> Output:
+    """One file, of which every byte that is no component's is zero.
 
     A GGUF's own key-values are carried over as they are, less `general.file_type` if a layout changed.
     `extras.files` have no place in a GGUF. compressed-tensors' `X.input_global_scale` becomes `X.input_scale`
@@ -172,22 +173,29 @@ def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extra
     Raises
     ------
     PlanError
-        If the container cannot hold a step, or a tensor is not the one its step announced.
+        If the container cannot hold a step.
     """
     _check_steps(plan.steps)
-    stream, asked = iter(tensors), plan.steps
+    asked = plan.steps
     plan = replace(plan, steps=tuple(_multiplying(asked)))
-    sums: dict[str, str] = {}
-    head, alignment = _header(plan, extras, sums)
-    with whole_file(path, check) as file:
-        file.write(head)
-        for step, before in zip(plan.steps, asked, strict=True):
-            inverse = step.name != before.name
-            sums[step.name] = _append(file, step, next(stream, None), alignment, inverse)
-        if next(stream, None) is not None:
-            raise PlanError(f"more tensors than the {len(plan.steps)} planned")
-        file.seek(0)
-        file.write(_header(plan, extras, sums)[0])  # as long as before: a digest takes the room kept for it
+    called = {before.name: step.name for step, before in zip(plan.steps, asked, strict=True)}
+    tensors = [_stored(step) for step in plan.steps]
+    head, alignment = _header(plan, extras, tensors, {})
+    entries, at = [], len(head)
+    for step, before, found in zip(plan.steps, asked, tensors, strict=True):
+        pieces: list[Piece] = []
+        summed: list[Place] = []
+        for stored in found:
+            pieces += _pieces(step, stored, at, inverse=step.name != before.name)
+            summed.append(Place("", at, stored.nbytes))
+            at += aligned(stored.nbytes, alignment)
+        entries.append(output.Entry(tuple(pieces), {}, {"": tuple(summed)}))
+
+    def heads(sums: Sums, _: Lengths) -> dict[str, bytes]:
+        digests = {called[name]: of_step[""] for name, of_step in sums.items()}
+        return {"": _header(plan, extras, tensors, digests)[0]}  # a digest takes the room kept for it
+
+    return Output({"": at}, tuple(entries), heads)
 
 
 def _multiplying(steps: tuple[Step, ...]) -> Iterator[Step]:
@@ -226,24 +234,18 @@ class Stored:
     times: int = 1
 
 
-def _append(file: BinaryIO, step: Step, tensor: PackedTensor | None, alignment: int, inverse: bool) -> str:
-    """Write a tensor, or 1 / its numbers, and zeros up to the next one's place; returns its SHA-256."""
-    if tensor is None or (tensor.layout, tensor.shape) != (step.layout, step.shape):
-        got = "nothing" if tensor is None else f"{tensor.layout.name} {tensor.shape}"
-        raise PlanError(f"{step.name}: got {got}, planned {step.layout.name} {step.shape}")
-    digest = sha256()
-    for stored in _stored(step):
-        at = 0
-        for component, place in (*sorted(stored.places.items(), key=lambda item: item[1]), ("", stored.nbytes)):
-            piece = np.ascontiguousarray(tensor.components[component]) if component else np.zeros(0, np.uint8)
-            piece = np.tile(piece, stored.times) if stored.times > 1 else piece
-            with np.errstate(divide="ignore"):
-                piece = np.float32(1) / piece if inverse and component else piece
-            for raw in (bytes(place - at), piece.reshape(-1).view(np.uint8).data):
-                digest.update(raw)
-                at += file.write(raw)
-        file.write(bytes(aligned(at, alignment) - at))
-    return digest.hexdigest()
+def _pieces(step: Step, stored: Stored, begin: int, inverse: bool) -> Iterator[Piece]:
+    """What of a step stands in a tensor of the file that begins there: components, repeated or as 1 / their numbers."""
+    nbytes = {c.name: c.nbytes for c in step.layout.fit(*matrix(step.shape)).components}
+    for component, at in stored.places.items():
+        make = partial(_made, component, stored.times, inverse) if inverse or stored.times > 1 else None
+        yield Piece(component, Place("", begin + at, stored.times * nbytes[component]), make)
+
+
+def _made(component: str, times: int, inverse: bool, tensor: PackedTensor) -> Array:
+    numbers = np.tile(tensor.components[component], times)
+    with np.errstate(divide="ignore"):
+        return np.float32(1) / numbers if inverse else numbers
 
 
 def _stored(step: Step) -> tuple[Stored, ...]:
@@ -295,7 +297,9 @@ def _as_many(scales: Array, nbytes: int) -> Array | None:
     return np.tile(scales[:SCALE_BYTES], nbytes // SCALE_BYTES) if _alike(scales) else None
 
 
-def _header(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> tuple[bytes, int]:
+def _header(
+    plan: Plan, extras: Extras, tensors: list[tuple[Stored, ...]], sums: Mapping[str, str]
+) -> tuple[bytes, int]:
     """All bytes before the tensors, with zeros for digests not yet known, and the alignment."""
     keyvalues = _foreign_keys(plan, extras) | _own_keys(plan, extras, sums)
     try:
@@ -303,7 +307,7 @@ def _header(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> tuple[bytes,
     except ValueError as error:
         raise PlanError(str(error)) from error
     entries, offset = [], 0
-    for stored in (stored for s in plan.steps for stored in _stored(s)):
+    for stored in (stored for found in tensors for stored in found):
         entries.append(Entry(stored.name, stored.shape, ggml_types()[stored.kind].ids[0], offset))
         offset += aligned(stored.nbytes, alignment)
     return header.build(keyvalues, entries, alignment), alignment
@@ -324,10 +328,11 @@ def _foreign_keys(plan: Plan, extras: Extras) -> dict[str, KeyValue]:
 
 
 def _own_keys(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> dict[str, KeyValue]:
+    ids = {layout: layout.id for layout in dict.fromkeys(s.layout for s in plan.steps)}
     tensors = {
         s.name: {
             "layout": s.layout.name,
-            "id": s.layout.id,
+            "id": ids[s.layout],
             "type": type_of(s.layout),
             "shape": list(s.shape),
             "dtype": s.dtype,
@@ -336,7 +341,7 @@ def _own_keys(plan: Plan, extras: Extras, sums: Mapping[str, str]) -> dict[str, 
         }
         for s in plan.steps
     }
-    layouts = {s.layout.id: s.layout.to_json() for s in plan.steps if s.layout.name not in DENSE}
+    layouts = {key: layout.to_json() for layout, key in ids.items() if layout.name not in DENSE}
     texts = {"tensors": tensors, "layouts": layouts}
     if extras.config is not None:
         texts["config"] = without_quantised(extras.config)
@@ -355,7 +360,6 @@ class GgufSource:
     def __init__(self, path: Path, layouts: Layouts, read_as: Mapping[str, str] = NOTHING) -> None:
         self.path = path
         self._file = path.open("rb")
-        self._lock = Lock()  # a place in the file belongs to one reader at a time
         self._layouts = cache(layouts)
         self._read_as = dict(read_as)
         self._unused = set(read_as)
@@ -392,8 +396,23 @@ class GgufSource:
         """As `read`: records are read, never mapped."""
         return self.read(name)
 
-    def read(self, name: str) -> PackedTensor:
-        """The tensor called `name`; its checksum is checked where the file has one.
+    def check(self, name: str) -> None:
+        """Compare the tensor's bytes with its checksum, a piece at a time."""
+        if (record := self._records.get(name)) is None:
+            return
+        digest = sha256()
+        for where in (name, *self._beside.get(name, {}).values()):
+            for begin in range(0, self._sizes[where], CHUNK):
+                digest.update(self._bytes(where, min(CHUNK, self._sizes[where] - begin), begin).data)
+        if digest.hexdigest() != record["sha256"]:
+            raise self._fail(f"{name}: its bytes are not those that were written", "PF109")
+
+    def files(self) -> list[Path]:
+        """The file."""
+        return [self.path]
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> PackedTensor:
+        """The tensor called `name`, whose checksum is checked where the file has one; or rows of it, unchecked.
 
         Raises
         ------
@@ -404,6 +423,8 @@ class GgufSource:
         if info.layout is None:
             why = info.why or "which no layout of packfmt describes"
             raise self._fail(f"{name}: is {info.kind}, {why}", "PF105")
+        if rows is not None:
+            return self._rows(info, info.layout, rows)
         others = self._beside.get(name, {})
         raw = {where: self._bytes(where, self._sizes[where]) for where in (name, *others.values())}
         record = self._records.get(name)
@@ -419,22 +440,44 @@ class GgufSource:
             where = others.get(c.name, "")
             stored = _as_many(raw[where], c.nbytes) if where else raw[name][places[c.name] :][: c.nbytes]
             if stored is None:
-                what = f"{where} beside it has {DIFFERENT}, {info.layout.name} has one for all"
-                raise self._fail(f"{name}: is {info.kind}, and {what}", "PF105")
+                raise self._many_scales(info, where)
             components[c.name] = stored.view(dtype_of(c.dtype)).reshape(c.shape)
         return PackedTensor(info.layout, info.shape, components, info.dtype)
+
+    def _rows(self, info: TensorInfo, layout: Layout, rows: tuple[int, int]) -> PackedTensor:
+        others = self._beside.get(info.name, {})
+        places = _places(layout, ggml_types().get(info.kind), info.shape)
+
+        def fill(component: str, pieces: list[tuple[int, Array]]) -> None:
+            if where := others.get(component):
+                ((_, piece),) = pieces  # a scale that all rows share
+                scales = _as_many(self._bytes(where, self._sizes[where]), len(piece))
+                if scales is None:
+                    raise self._many_scales(info, where)
+                piece[:] = scales
+                return
+            for begin, piece in pieces:
+                self._read_into(info.name, places[component] + begin, piece)
+
+        found = slices.gather(layout, info.shape, rows, fill, info.name)
+        return PackedTensor(layout, (rows[1] - rows[0], info.shape[-1]), found, info.dtype)
+
+    def _many_scales(self, info: TensorInfo, where: str) -> ContainerError:
+        what = f"{where} beside it has {DIFFERENT}, {info.layout.name if info.layout else info.kind} has one for all"
+        return self._fail(f"{info.name}: is {info.kind}, and {what}", "PF105")
 
     def _fail(self, what: str, rule: str) -> ContainerError:
         return ContainerError(f"{self.path}: {what}", rule)
 
-    def _bytes(self, name: str, count: int) -> Array:
+    def _bytes(self, name: str, count: int, begin: int = 0) -> Array:
         raw = np.empty(count, np.uint8)
-        with self._lock:
-            self._file.seek(self._places[name])
-            got = self._file.readinto(raw.data)
-        if got != count:
-            raise self._fail(f"{name}: {got} of {count} bytes; the file shrank while it was read", "PF101")
+        self._read_into(name, begin, raw)
         return raw
+
+    def _read_into(self, name: str, begin: int, piece: Array) -> None:
+        """Fill an array of bytes from a place in a tensor on."""
+        if (got := read_at(self._file.fileno(), self._places[name] + begin, piece)) != len(piece):
+            raise self._fail(f"{name}: {got} of {len(piece)} bytes; the file shrank while it was read", "PF101")
 
     def _scales_beside(self, infos: list[TensorInfo]) -> dict[str, dict[str, str]]:
         """Tensors whose scale is a tensor of its own -> component -> that tensor.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
@@ -18,20 +18,22 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
+from packfmt import slices
 from packfmt.codec import Array, PackedTensor, dense_dtype, matrix
 from packfmt.errors import ContainerError, LayoutError, PlanError
-from packfmt.exporters import Extras, Layouts, beside
+from packfmt.exporters import SIGNS, Extras, Layouts, beside, output
 from packfmt.exporters import safetensors_header as header
-from packfmt.exporters.beside import INDEX, SUFFIX, check_exhausted, check_step
+from packfmt.exporters.beside import INDEX, SUFFIX, by_file
+from packfmt.exporters.output import CHUNK, Lengths, Output, Piece, Place, Sums
+from packfmt.exporters.positional import read_at
 from packfmt.exporters.safetensors_header import DTYPES, NAME_OF, Entry, Header, name_refusal
-from packfmt.exporters.whole import Check, whole_file, whole_folder
 from packfmt.layout import DENSE, Layout, dtype_of, itemsize
 from packfmt.plan import Plan, Step, TensorInfo
 
 if TYPE_CHECKING:
     from packfmt.exporters.folder import Weight
 
-__all__ = ["NAME", "extras_refusal", "name_refusal", "open", "plan_refusal", "refusal", "write"]
+__all__ = ["NAME", "extras_refusal", "lay", "name_refusal", "open", "plan_refusal", "refusal"]
 
 NAME = "safetensors"
 VERSION = 1
@@ -74,69 +76,60 @@ def extras_refusal(extras: Extras) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def write(path: Path, plan: Plan, tensors: Iterable[PackedTensor], extras: Extras, check: Check | None = None) -> None:
-    """Write one file if `path` ends in .safetensors, else a folder in Hugging Face's form.
+def lay(path: Path, plan: Plan, extras: Extras) -> Output:
+    """One file if `path` ends in .safetensors, else a folder in Hugging Face's form.
 
     A folder gets config.json with a `quantization_config`, all side files, and an index if the plan
-    names several files. One tensor is held at a time.
+    names several files.
 
     Raises
     ------
     PlanError
-        If a tensor is not the one its step announced.
+        If tensors cannot stand together.
     """
-    stream = iter(tensors)
     if why_not := plan_refusal(plan.steps):
         raise PlanError(why_not)
-    if path.suffix == SUFFIX:
-        with whole_file(path, check) as file:
-            _write_tensors(file, plan.steps, stream)
-            check_exhausted(plan, stream)
-        return
-    with whole_folder(path, check) as folder:
-        beside.write_files(folder, plan, stream, _write_tensors)
-        packed = sorted({s.layout.name for s in plan.steps if not dense_dtype(s.layout)})
-        says = {"quant_method": "packfmt", "version": VERSION, "layouts": packed} if packed else None
+    one_file = path.suffix == SUFFIX
+    files = {name: _File(steps) for name, steps in ({"": plan.steps} if one_file else by_file(plan.steps)).items()}
+    of_step = {step.name: (name, file) for name, file in files.items() for step in file.steps}
+    packed = sorted({s.layout.name for s in plan.steps if not dense_dtype(s.layout)})
+    says = {"quant_method": "packfmt", "version": VERSION, "layouts": packed} if packed else None
+
+    def heads(sums: Sums, lengths: Lengths) -> dict[str, bytes]:
+        return {name: file.head(sums, lengths) for name, file in files.items()}
+
+    def write_beside(folder: Path) -> None:
+        beside.write_index(folder, {name: file.entries for name, file in files.items()})
         beside.write_extras(folder, extras, says)
 
-
-def _write_tensors(file: BinaryIO, steps: tuple[Step, ...], tensors: Iterator[PackedTensor]) -> tuple[str, ...]:
-    """All tensors of one file, then its header, for which room was left; the tensors' names."""
-    writing = _Writing(file, steps)
-    for step in steps:
-        writing.add(step, check_step(step, next(tensors, None)))
-    return tuple(writing.finish())
+    sizes = {name: file.data + file.end for name, file in files.items()}
+    entries = tuple(file.entry(name, step) for step in plan.steps for name, file in [of_step[step.name]])
+    return Output(sizes, entries, heads, None if one_file else write_beside)
 
 
-class _Writing:
-    """One file while it is written: tensors go to places known from the plan, streams behind all of them."""
+class _File:
+    """Where the tensors of a file lie: at places known from the plan, streams behind all of them."""
 
-    def __init__(self, file: BinaryIO, steps: tuple[Step, ...]) -> None:
-        self.file, self.steps = file, steps
-        self.sums: dict[str, dict[str, str]] = {}
-        self.lengths: dict[str, int] = {}  # of streams
-        unknown = {s.name: dict.fromkeys(_files_of(s), "0" * 64) for s in steps}
-        self.entries, text = _header(steps, self.lengths, unknown)
-        self.room = len(text)
+    def __init__(self, steps: tuple[Step, ...]) -> None:
+        self.steps = steps
+        self.entries, text = _header(steps, {}, {})
+        self.data = 8 + len(text)
         self.end = max((e.end for e in self.entries.values() if e.end < UNKNOWN_LENGTH), default=0)
 
-    def add(self, step: Step, tensor: PackedTensor) -> None:
-        self.sums[step.name] = {}
-        for component, name in _files_of(step).items():
-            data = np.ascontiguousarray(tensor.components[component]).reshape(-1).view(np.uint8).data
-            begin = self.entries[name].begin
-            if begin >= UNKNOWN_LENGTH:
-                begin, self.lengths[name] = self.end, len(data)
-                self.end += len(data)
-            self.file.seek(8 + self.room + begin)
-            self.file.write(data)
-            self.sums[step.name][component] = sha256(data).hexdigest()
+    def entry(self, file: str, step: Step) -> output.Entry:
+        streams = {s.name: file for s in step.layout.streams}
+        places = {
+            component: Place(file, self.data + e.begin, e.end - e.begin)
+            for component, name in _files_of(step).items()
+            if component not in streams
+            for e in [self.entries[name]]
+        }
+        pieces = tuple(Piece(component, place) for component, place in places.items())
+        return output.Entry(pieces, streams, {component: (place,) for component, place in places.items()})
 
-    def finish(self) -> dict[str, Entry]:
-        entries, text = _header(self.steps, self.lengths, self.sums)
-        self.file.seek(0)
-        self.file.write(self.room.to_bytes(8, "little") + text.ljust(self.room))
-        return entries
+    def head(self, sums: Sums, lengths: Lengths) -> bytes:
+        _, text = _header(self.steps, lengths, sums)
+        return (self.data - 8).to_bytes(8, "little") + text.ljust(self.data - 8)
 
 
 def _files_of(step: Step) -> dict[str, str]:
@@ -146,15 +139,13 @@ def _files_of(step: Step) -> dict[str, str]:
     return {c.name: f"{step.name}.{c.name}" for c in step.layout.components}
 
 
-def _header(
-    steps: tuple[Step, ...], lengths: Mapping[str, int], sums: Mapping[str, Mapping[str, str]]
-) -> tuple[dict[str, Entry], bytes]:
+def _header(steps: tuple[Step, ...], lengths: Lengths, sums: Sums) -> tuple[dict[str, Entry], bytes]:
     """Entries in file order, and the JSON text, padded to a multiple of 8.
 
     Streams, whose length is data, come last in the order of the steps.
     """
     found: list[tuple[str, str, tuple[int, ...]]] = []
-    streams: list[tuple[str, str]] = []
+    streams: list[tuple[str, str, int]] = []
     for step in steps:
         names = _files_of(step)
         if dense_dtype(step.layout):
@@ -163,30 +154,32 @@ def _header(
             continue
         for c in step.layout.fit(*matrix(step.shape)).components:
             found.append((names[c.name], NAME_OF[c.dtype], c.shape))
-        streams += [(names[s.name], s.dtype) for s in step.layout.streams]
+        for s in step.layout.streams:
+            streams.append((names[s.name], s.dtype, lengths.get((step.name, s.name), UNKNOWN_LENGTH)))
     entries, at = header.lay(found)
-    for name, dtype in streams:
+    for name, dtype, length in streams:
         begin = at if lengths else UNKNOWN_LENGTH
-        end = begin + lengths.get(name, UNKNOWN_LENGTH)
-        entries[name] = Entry(NAME_OF[dtype], ((end - begin) // itemsize(dtype),), begin, end)
+        end = begin + length
+        entries[name] = Entry(NAME_OF[dtype], (length // itemsize(dtype),), begin, end)
         at = end
     text = header.text(entries, {"format": "pt", "packfmt": json.dumps(_describe(steps, sums), separators=(",", ":"))})
     return entries, text.ljust(-(-len(text) // 8) * 8)
 
 
-def _describe(steps: tuple[Step, ...], sums: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+def _describe(steps: tuple[Step, ...], sums: Sums) -> dict[str, Any]:
+    unknown, ids = "0" * 64, {layout: layout.id for layout in dict.fromkeys(s.layout for s in steps)}
     tensors = {
         s.name: {
             "layout": s.layout.name,
-            "id": s.layout.id,
+            "id": ids[s.layout],
             "shape": list(s.shape),
             "dtype": s.dtype,
             "encoder": s.encoder,
-            "sha256": dict(sums.get(s.name, {})),
+            "sha256": {component: sums.get(s.name, {}).get(component, unknown) for component in _files_of(s)},
         }
         for s in steps
     }
-    return {"version": VERSION, "tensors": tensors, "layouts": {s.layout.id: s.layout.to_json() for s in steps}}
+    return {"version": VERSION, "tensors": tensors, "layouts": {key: layout.to_json() for layout, key in ids.items()}}
 
 
 # ---------------------------------------------------------------- reading
@@ -353,34 +346,73 @@ class SafetensorsSource:
                     f"a weight of {list(info.shape)} needs {list(shape)}", "PF106",
                 )  # fmt: skip
 
-    def read(self, name: str) -> PackedTensor:
-        """The tensor called `name`; its checksums are checked where the file has them."""
-        return self._tensor(name, _read_bytes)
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> PackedTensor:
+        """The tensor called `name`, whose checksums are checked where the file has them; or rows of it, unchecked."""
+        if rows is None:
+            return self._tensor(name, _read_bytes)
+        info, layout = self._known(name)
+        stored = self._stored(name)
+        found = slices.gather(layout, info.shape, rows, lambda c, at: self._read_into(*stored[c], at), name)
+        return PackedTensor(layout, (rows[1] - rows[0], info.shape[-1]), found, info.dtype)
+
+    def check(self, name: str) -> None:
+        """Compare the tensor's bytes with its checksums, a piece at a time."""
+        sums = self._records.get(name, {}).get("sha256", {})
+        for component, stored in self._names(self.index[name]).items() if sums else ():
+            file = self.index[name].file
+            entry, digest = self._files[file][1].entries[stored], sha256()
+            for begin in range(0, entry.end - entry.begin, CHUNK):
+                piece = np.empty(min(CHUNK, entry.end - entry.begin - begin), np.uint8)
+                self._read_into(file, stored, [(begin, piece)])
+                digest.update(piece.data)
+            if component in sums and digest.hexdigest() != sums[component]:
+                raise _changed(file, name, component)
+
+    def files(self) -> list[Path]:
+        """The safetensors files, and what says how they are meant."""
+        beside_them = [self.path / n for n in (INDEX, beside.CONFIG, *SIGNS)] if self.path.is_dir() else []
+        return [*self._files, *(p for p in beside_them if p.exists())]
+
+    def _stored(self, name: str) -> dict[str, tuple[Path, str]]:
+        """Component -> its file and its tensor's name there."""
+        info = self.index[name]
+        if name in self._packed:
+            return {c: (t.file, t.name) for c, t in self._packed[name].stored.items()}
+        return {c: (info.file, stored) for c, stored in self._names(info).items()}
+
+    def _read_into(self, path: Path, name: str, pieces: list[tuple[int, Array]]) -> None:
+        """Fill arrays of bytes from places in a stored tensor."""
+        file, found = self._files[path]
+        for begin, piece in pieces:
+            if (got := read_at(file.fileno(), found.data + found.entries[name].begin + begin, piece)) != len(piece):
+                raise _shrank(path, name, got, len(piece))
 
     def map(self, name: str) -> PackedTensor:
         """The tensor as it lies in the file; no checksum is checked."""
         return self._tensor(name, _map_bytes)
 
     def _tensor(self, name: str, bytes_of: Callable[..., Array]) -> PackedTensor:
-        info = self.index[name]
-        if info.layout is None:
-            why = info.why or "which no layout of packfmt describes"
-            raise ContainerError(f"{info.file}: {name} is {info.kind}, {why}", "PF105")
+        info, layout = self._known(name)
         if name in self._packed:
-            return self._weight(self._packed[name], info.layout, bytes_of)
+            return self._weight(self._packed[name], layout, bytes_of)
         sums = self._records.get(name, {}).get("sha256", {}) if bytes_of is _read_bytes else {}
         components = {}
         for component, stored in self._names(info).items():
             array = _read_array(info.file, *self._files[info.file], stored, bytes_of)
             if component in sums and sha256(array.reshape(-1).view(np.uint8).data).hexdigest() != sums[component]:
-                raise ContainerError(
-                    f"{info.file}: {name}: the bytes of {component!r} are not those that were written", "PF109"
-                )
+                raise _changed(info.file, name, component)
             components[component] = array
-        if dense_dtype(info.layout):
-            shapes = info.layout.shapes(*matrix(info.shape))
+        if dense_dtype(layout):
+            shapes = layout.shapes(*matrix(info.shape))
             components = {c: array.reshape(shapes[c]) for c, array in components.items()}
-        return PackedTensor(info.layout, info.shape, components, info.dtype)
+        return PackedTensor(layout, info.shape, components, info.dtype)
+
+    def _known(self, name: str) -> tuple[TensorInfo, Layout]:
+        info = self.index[name]
+        if info.layout is None:
+            why = info.why or "which no layout of packfmt describes"
+            raise ContainerError(f"{info.file}: {name} is {info.kind}, {why}", "PF105")
+        return info, info.layout
 
     def _weight(self, weight: Weight, layout: Layout, bytes_of: Callable[..., Array]) -> PackedTensor:
         """A weight of another ecosystem's, whose components may lie in several files."""
@@ -400,10 +432,17 @@ class SafetensorsSource:
 def _read_bytes(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
     e = found.entries[name]
     raw = np.empty(e.end - e.begin, np.uint8)
-    file.seek(found.data + e.begin)
-    if (got := file.readinto(raw.data)) != len(raw):  # type: ignore[attr-defined]
-        raise ContainerError(f"{path}: {name}: {got} of {len(raw)} bytes; the file shrank while it was read", "PF101")
+    if (got := read_at(file.fileno(), found.data + e.begin, raw)) != len(raw):
+        raise _shrank(path, name, got, len(raw))
     return raw
+
+
+def _shrank(path: Path, name: str, got: int, wanted: int) -> ContainerError:
+    return ContainerError(f"{path}: {name}: {got} of {wanted} bytes; the file shrank while it was read", "PF101")
+
+
+def _changed(path: Path, name: str, component: str) -> ContainerError:
+    return ContainerError(f"{path}: {name}: the bytes of {component!r} are not those that were written", "PF109")
 
 
 def _map_bytes(path: Path, file: BinaryIO, found: Header, name: str) -> Array:

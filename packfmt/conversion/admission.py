@@ -1,0 +1,100 @@
+"""Whether a conversion may begin: the destination, the disk and the memory that there are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from packfmt import checkpoint, exporters
+from packfmt.checkpoint import Checkpoint
+from packfmt.codec import dense_dtype
+from packfmt.conversion.steps import least_held
+from packfmt.errors import ContainerError, MachineError, PlanError
+from packfmt.plan import Plan
+
+SPARE = 1 << 20  # bytes of disk wanted beside the tensors, for headers
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container, in Linux
+UNKNOWN = 8 << 30  # bytes of memory, where the system does not say
+
+
+def memory_for(plan: Plan, asked: int = 0) -> int:
+    """Bytes that a conversion may hold: what was asked for, or a quarter of the machine's, or what a tensor needs.
+
+    Raises
+    ------
+    PlanError
+        If a tensor that must be seen whole needs more than was asked for, or than the machine has.
+    """
+    need, name = max(((least_held(step), step.name) for step in plan.steps), default=(0, ""))
+    machine = of_machine()
+    most = asked or machine
+    if need > most:
+        why = "--memory" if asked else "the machine's"
+        raise PlanError(
+            f"{name}: {need:,} bytes are needed at once, {why} {most:,} are fewer; its layout or encoder must see many "
+            "rows together: choose another with --map, or more memory"
+        )
+    return asked or max(machine // 4, need)
+
+
+def of_machine() -> int:
+    """Bytes of memory that this process may have, as the system or its container's limit says."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else [UNKNOWN]
+    for limit in LIMITS:
+        try:
+            found.append(int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such limit: "max"
+            continue
+    return min(n for n in found if n > 0)
+
+
+def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
+    """Refuse a target that exists, is or holds the source, lies nowhere, or has no room.
+
+    Raises
+    ------
+    PlanError, MachineError
+    """
+    files = {i.file.resolve() for i in model.index.values()} | {model.path.resolve()}
+    here = target.resolve()
+    if any(f == here or here in f.parents for f in files) or _same_file(target, model.path):
+        raise PlanError(f"{target}: is the source or holds it; choose another destination")
+    if model.path.is_dir() and model.path.resolve() in here.parents:
+        raise PlanError(f"{target}: lies in the source, which would carry it along; choose another destination")
+    if target.exists() and not force:
+        raise PlanError(f"{target}: exists; choose another destination or say --force to replace it")
+    one_file = target.suffix in exporters.SUFFIXES.values() or plan.container == "gguf"
+    if target.exists() and target.is_dir() == one_file:
+        there, wanted = ("a folder", "a file") if one_file else ("a file", "a folder")
+        raise PlanError(f"{target}: is {there}, and {wanted} is to be written; choose another destination")
+    if target.is_dir() and not _replaceable(target):
+        raise PlanError(
+            f"{target}: a folder that is not known to be packfmt's, or that another ecosystem's reader loads: it may "
+            "be the only copy of a model, so --force does not replace it; remove it first, or choose another place"
+        )
+    folder = target.absolute().parent
+    if not folder.is_dir():
+        raise PlanError(f"{folder}: no such folder; make it first")
+    if not os.access(folder, os.W_OK):
+        raise MachineError(f"{folder}: may not be written")
+    need = plan.nbytes + sum(f.stat().st_size for f in model.extras.files.values()) + SPARE
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise MachineError(f"{folder}: {free:,} bytes free, this conversion needs {need:,}")
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.exists() and os.path.samefile(a, b)
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether --force may delete a folder: it is empty, or its config.json or weights are packfmt's."""
+    if not any(folder.iterdir()):
+        return True
+    try:
+        with checkpoint.open(folder) as old:
+            # a folder that is quantised in a way of Hugging Face's may be the only copy of a model
+            return any(i.layout and not dense_dtype(i.layout) and i.kind == i.layout.name for i in old.index.values())
+    except ContainerError:
+        return False
