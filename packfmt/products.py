@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,13 @@ from packfmt.respelling import WRONG
 from packfmt.retiling import retile
 from packfmt.tilings import LANES, Tile
 
+if TYPE_CHECKING:
+    from packfmt.kernels.activations import Order
+
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
 Multiply = Callable[[Floats, Floats], None]  # (batch, cols) -> (batch, rows)
-Whole = tuple[npt.NDArray[np.int8], npt.NDArray[np.int32], Floats]  # activations, of `kernels.activations.quantise`
-Multiply8 = Callable[[Whole, Floats], None]  # and (batch, rows of whole tiles)
+FLOAT32: Final = np.dtype(F32)
 NONE: Final = np.zeros(0, F32)
 NO_BYTES: Final = np.zeros(0, np.uint8)
 
@@ -42,36 +44,21 @@ class Product:
     """A weight that is ready to be multiplied.
 
     layout, components : what it is held in: a tiling, or what it came in
-    way : writes the product of (batch, cols) float32 to (batch, rows) float32
-    beside : columns that stand beside the codes, and their numbers
+    way : writes the product of (batch, cols) float32 to (batch, rows) float32, both C-contiguous
     """
 
     layout: Layout
     components: Arrays
     shape: Shape
     way: Multiply
-    beside: tuple[npt.NDArray[np.int64], Floats] | None
 
     def __call__(self, x: Floats) -> Floats:
         """(batch, cols) float32, C-contiguous -> (batch, rows) float32."""
-        if not x.size or not self.shape[0]:
-            return np.zeros((len(x), self.shape[0]), F32)
         out = np.empty((len(x), self.shape[0]), F32)
-        if self.layout.hadamard:
-            from packfmt.kernels import hadamard
-
-            x = x.copy()
-            hadamard.transform(x, self.layout.hadamard)
-        if self.beside is None:
+        if out.size and x.size:
             self.way(x, out)
-            return out
-        columns, values = self.beside
-        apart, x = x[:, columns], x.copy()
-        x[:, columns] = 0
-        self.way(x, out)
-        with np.errstate(all="ignore"):
-            for j in range(len(columns)):
-                out += apart[:, j, None] * values[:, j]
+        else:
+            out[:] = 0
         return out
 
 
@@ -99,12 +86,47 @@ def _product(layout: Layout, shape: Shape, components: Arrays, batch: int) -> Pr
     tiled = retile(layout, shape, components, batch)
     if tiled is None:
         parts = placement.unpack(layout, shape, components)
-        return Product(layout, components, shape, _plain(layout, shape, parts, of), replaced(layout, shape, parts))
+        return _whole(layout, components, shape, _plain(layout, shape, parts, of), parts)
     layout, components, tile = tiled
     beside = _beside(layout, shape, components)
-    flat = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in components.items()}
-    kernel = (_looked_up if tile.form else _decoded_in_lanes)(tile, shape, flat, beside)
-    return Product(layout, components, shape, _in_tiles(tile, shape, kernel, beside), replaced(layout, shape, beside))
+    return _whole(layout, components, shape, _in_tiles(tile, shape, components, beside), beside)
+
+
+def _whole(layout: Layout, components: Arrays, shape: Shape, way: Multiply, parts: Arrays) -> Product:
+    """The product by way of codes, and what the layout has before and beside them.
+
+    parts : those that are neither codes nor scales, at least
+    """
+    if beside := replaced(layout, shape, parts):
+        way = _with_columns(way, *beside)
+    if layout.hadamard:
+        way = _after_hadamard(way, layout.hadamard)
+    return Product(layout, components, shape, way)
+
+
+def _after_hadamard(way: Multiply, block: int) -> Multiply:
+    from packfmt.kernels import hadamard
+
+    def multiply(x: Floats, out: Floats) -> None:
+        x = x.copy()
+        hadamard.transform(x, block)
+        way(x, out)
+
+    return multiply
+
+
+def _with_columns(way: Multiply, columns: npt.NDArray[np.int64], values: Floats) -> Multiply:
+    """Columns that stand beside the codes, (rows, columns) float32, are added one after the other."""
+
+    def multiply(x: Floats, out: Floats) -> None:
+        apart, x = x[:, columns], x.copy()
+        x[:, columns] = 0
+        way(x, out)
+        with np.errstate(all="ignore"):
+            for j in range(len(columns)):
+                out += apart[:, j, None] * values[:, j]
+
+    return multiply
 
 
 def disagree(layout: Layout, shape: Shape, components: Arrays) -> int:
@@ -117,7 +139,7 @@ def disagree(layout: Layout, shape: Shape, components: Arrays) -> int:
     if of is None or tilings.base(ready.layout.name) == ready.layout.name:  # decoded, or plain itself
         return 0
     parts = placement.unpack(layout, shape, components)
-    plain = Product(layout, components, shape, _plain(layout, shape, parts, of), replaced(layout, shape, parts))
+    plain = _whole(layout, components, shape, _plain(layout, shape, parts, of), parts)
     x = np.random.default_rng(0).standard_normal((1, shape[1]), F32)
     a, b = ready(x), plain(x)
     return int(((a.view(np.uint32) != b.view(np.uint32)) & ~(np.isnan(a) & np.isnan(b))).sum())
@@ -133,22 +155,37 @@ def multiply(ready: Product, x: Array, rows: tuple[int, ...], threads: int | Non
     PackfmtError
         If `threads` is not a whole number of 1 to 256.
     """
-    name, cols = tilings.base(ready.layout.name), ready.shape[1]
-    if not isinstance(x, np.ndarray | np.generic) or not x.dtype.name.startswith(("float", "bfloat")):
-        found = f"{x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise LayoutError(f"{name}: activations of {found}, needs a NumPy array of a float dtype")
-    if not x.ndim or x.shape[-1] != cols:
-        raise LayoutError(f"{name}: activations of shape {x.shape}, needs (..., {cols})")
-    if x.dtype != F32:
-        with np.errstate(over="ignore"):
-            x = x.astype(F32)
-    flat = np.ascontiguousarray(x).reshape(prod(x.shape[:-1]), cols)
+    flat = _rows_of(x, ready)
     if threads is None:
-        return ready(flat).reshape((*x.shape[:-1], *rows))
-    from packfmt.kernels.threads import limit
+        out = ready(flat)
+    else:
+        from packfmt.kernels.threads import limit
 
-    with limit(threads):
-        return ready(flat).reshape((*x.shape[:-1], *rows))
+        with limit(threads):
+            out = ready(flat)
+    if len(rows) == 1 and x is flat:
+        return out
+    return out.reshape((*x.shape[:-1], *rows))
+
+
+def _rows_of(x: Array, ready: Product) -> Floats:
+    """Activations as (batch, cols) float32, C-contiguous.
+
+    After megabytes of weights all that is looked at comes from memory, so usual ones are passed on at once.
+    """
+    cols = ready.shape[1]
+    if type(x) is not np.ndarray or x.dtype is not FLOAT32 or not x.ndim or x.shape[-1] != cols:
+        name = tilings.base(ready.layout.name)
+        if not isinstance(x, np.ndarray | np.generic) or not x.dtype.name.startswith(("float", "bfloat")):
+            found = f"{x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+            raise LayoutError(f"{name}: activations of {found}, needs a NumPy array of a float dtype")
+        if not x.ndim or x.shape[-1] != cols:
+            raise LayoutError(f"{name}: activations of shape {x.shape}, needs (..., {cols})")
+        with np.errstate(over="ignore"):
+            x = x.astype(F32, subok=False, copy=False)
+    if x.ndim == 2 and x.flags.c_contiguous:
+        return x
+    return np.ascontiguousarray(x).reshape(prod(x.shape[:-1]), cols)
 
 
 def _beside(layout: Layout, shape: Shape, components: Arrays) -> dict[str, Array]:
@@ -156,28 +193,32 @@ def _beside(layout: Layout, shape: Shape, components: Arrays) -> dict[str, Array
     return placement.unpack(layout, shape, components, frozenset({"codes", "scale", "zero"}))
 
 
-def _in_tiles(tile: Tile, shape: Shape, kernel: Multiply8, beside: Arrays) -> Multiply:
-    """Bring activations into the tile's order, as whole numbers; and drop rows that only fill up the last tile."""
+def _in_tiles(tile: Tile, shape: Shape, components: Arrays, beside: Arrays) -> Multiply:
+    """The kernel of a tile; rows that only fill up the last tile are dropped."""
     from packfmt.kernels import activations
 
     source, columns = sources(tile.layout, shape, beside), tile.order
     if source is not None:
         columns = np.where(columns >= 0, source[columns], -1).astype(np.int32)
     order = activations.arrange(shape[1], tile.how.block, columns)
+    flat = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in components.items()}
+    given = tile, shape, order, flat
+    kernel = _looked_up(*given) if tile.form else _decoded_in_lanes(*given, beside)
     rows = -(-shape[0] // tile.lanes) * tile.lanes
+    if rows == shape[0]:
+        return kernel
 
     def multiply(x: Floats, out: Floats) -> None:
-        room = out if rows == shape[0] else np.empty((len(out), rows), F32)
-        kernel(activations.quantise(x, order, tile.unit), room)
-        if room is not out:
-            out[:] = room[:, : shape[0]]
+        room = np.empty((len(out), rows), F32)
+        kernel(x, room)
+        out[:] = room[:, : shape[0]]
 
     return multiply
 
 
-def _decoded_in_lanes(tile: Tile, shape: Shape, flat: Arrays, beside: Arrays) -> Multiply8:
+def _decoded_in_lanes(tile: Tile, shape: Shape, order: Order, flat: Arrays, beside: Arrays) -> Multiply:
     """The kernel of most tilings, or the machine's matrix unit for many activations."""
-    from packfmt.kernels import amx, amx_products, tile_products
+    from packfmt.kernels import activations, amx, amx_products, tile_products
 
     groups, whole = -(-shape[0] // LANES), NONE
     if tile.how.whole:
@@ -189,27 +230,29 @@ def _decoded_in_lanes(tile: Tile, shape: Shape, flat: Arrays, beside: Arrays) ->
         how, codes, high, scale, zero, whole,
         tile.table, tile.bias, tile.exponent, tile.nan, tile.unit, groups, len(tile.order),
     )  # fmt: skip
-    squares, in_vectors = amx_products.fits(how), tile_products.Product(tiles)
+    in_vectors = tile_products.Product(tiles, order, tile.unit)
+    if not amx_products.fits(how):
+        return in_vectors
 
-    def multiply(x: Whole, out: Floats) -> None:
-        whole_numbers = tile_products.Activations(*x)
-        if len(out) > 1 and squares and amx_products.pays(how, len(out)) and amx.available():
+    def multiply(x: Floats, out: Floats) -> None:
+        if len(out) > 1 and amx_products.pays(how, len(out)) and amx.available():
+            whole_numbers = tile_products.Activations(*activations.quantise(x, order, tile.unit))
             amx_products.multiply(tiles, whole_numbers, out)
         else:
-            in_vectors(whole_numbers, out)
+            in_vectors(x, out)
 
     return multiply
 
 
-def _looked_up(tile: Tile, shape: Shape, flat: Arrays, beside: Arrays) -> Multiply8:
+def _looked_up(tile: Tile, shape: Shape, order: Order, flat: Arrays) -> Multiply:
     """The kernel of quads whose sums are looked up."""
-    from packfmt.kernels import lookup_products, tile_products
+    from packfmt.kernels import lookup_products
 
     how = lookup_products.Tiling(tile.form, tile.how.block, tile.how.scale, tile.how.per_row)
     codes, high, scale = (flat.get(name, NO_BYTES) for name in (*tilings.CODES, "scale"))
     groups = -(-shape[0] // tilings.LOOKED_UP)
     tiles = lookup_products.Tiles(how, codes, high, scale, tile.table, groups, len(tile.order))
-    return lambda x, out: lookup_products.multiply(tiles, tile_products.Activations(*x), out)
+    return lookup_products.Product(tiles, order, tile.unit)
 
 
 def _plain(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> Multiply:
@@ -253,7 +296,7 @@ def _numbers(layout: Layout, shape: Shape, components: Arrays) -> Product:
     def multiply(x: Floats, out: Floats) -> None:
         way(x if source is None else np.ascontiguousarray(np.where(source >= 0, x[:, source], F32(0))), out)
 
-    return Product(layout, components, shape, multiply, replaced(layout, shape, parts))
+    return _whole(layout, components, shape, multiply, parts)
 
 
 def _inside(m: Codes | Values) -> tuple[Digit, ...]:

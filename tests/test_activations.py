@@ -11,6 +11,7 @@ import pytest
 from packfmt.errors import LayoutError
 from packfmt.kernels import activations, simd, threads
 from packfmt.kernels.activations import ANY, QUADS, SAME, WINDOWS, arrange, quantise
+from packfmt.kernels.tile_code import Table
 from tests.models import normal
 
 pytestmark = pytest.mark.kernels
@@ -224,6 +225,37 @@ def test_the_plain_way_gives_the_same_bits() -> None:
         found = tuple(np.empty_like(a) for a in wanted)
         activations._some_plainly(x, order, F32(0.5), *found, 0, 2)
         assert_same(found, wanted)
+
+
+@pytest.mark.skipif(simd.INTERPRETED, reason="only kernels have rows side by side")
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case[0]) % 4 == 0])
+def test_rows_may_lie_side_by_side(name: str) -> None:
+    """Four columns of each row of a part in turn, and one sum and scale of each; what is missing is left out."""
+    columns, block, _ = CASES[name]
+    x, width, parts = numbers(7, columns_of_x(columns)), 4, 2
+    order = arrange(x.shape[1], block, columns.astype(np.int32))
+    apart = quantise(x, order, 0.5)
+    shapes = [(parts, -1, width, 4), (parts, -1, width, 1), (parts, -1, width, 1)]
+    beside = [np.full((parts * width, a.shape[1]), 99, a.dtype) for a in apart]
+    activations.fill(x, order, 0.5, width, Table(*beside))
+    for wanted, found, shape in zip(apart, beside, shapes, strict=True):
+        rows = found.reshape(shape).swapaxes(1, 2).reshape(parts * width, -1)
+        assert rows[:7].tobytes() == wanted.tobytes()
+        assert (rows[7:] == 99).all()
+
+
+@pytest.mark.skipif(simd.INTERPRETED, reason="only kernels have rooms")
+def test_a_room_is_nobody_elses_until_it_is_given_back() -> None:
+    order = arrange(192, 64)
+    rooms = activations.rooms(order)
+    assert activations.rooms(arrange(192, 64)) is rooms is not activations.rooms(arrange(192, 32))
+    first, second = rooms.take(2), rooms.take(2)
+    assert first is not second
+    rooms.give(first)
+    assert rooms.take(2) is first and rooms.take(2) is not second
+    large = rooms.take(activations.KEPT + 1)
+    rooms.give(large)
+    assert rooms.take(large.rows) is not large
 
 
 def test_what_is_refused_says_why() -> None:

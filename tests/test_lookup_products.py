@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from packfmt.codec import PackedTensor
 from packfmt.codecs import sherry
 from packfmt.errors import LayoutError
 from packfmt.kernels import lookup_products, simd, threads
-from packfmt.kernels.lookup_products import Tiles, Tiling
-from packfmt.kernels.tile_products import Activations
+from packfmt.kernels.activations import arrange
+from packfmt.kernels.lookup_products import Product, Tiles, Tiling
 from packfmt.layout import WORD, Axis, Codes, Component, Digit, Layout, Values, dtype_of, grid, rows
 from tests import slow_products
 
@@ -86,26 +87,13 @@ def tiles(of: PackedTensor, how: Tiling) -> Tiles:
     return Tiles(how, flat["codes"], flat.get("codes_high", nothing), flat["scale"], table, groups, of.matrix[1])
 
 
-def quantised(x: Floats, block: int) -> Activations:
-    """Activations of eight bits, block by block, as spec/products.md says."""
-    q, sums, scale = np.zeros(x.shape, np.int8), [], []
-    for first in range(0, x.shape[1], block):
-        mine = x[:, first : first + block]
-        most = np.abs(mine).max(1)
-        a = np.where(np.isfinite(most), most / F32(127), F32(np.nan))
-        some = np.rint(mine / a[:, None]).clip(-127, 127)
-        some[~(a > 0)] = 0
-        q[:, first : first + block] = some
-        sums.append(some.sum(1).astype(np.int32))
-        scale.append(a)
-    return Activations(q, np.stack(sums, 1), np.stack(scale, 1))
+def ready(of: PackedTensor, how: Tiling) -> Product:
+    return Product(tiles(of, how), arrange(of.matrix[1], how.block))
 
 
 def product(of: PackedTensor, how: Tiling, x: Floats) -> Floats:
-    with np.errstate(all="ignore"):
-        activations = quantised(x, how.block)
     out = np.full((len(x), -(-of.matrix[0] // 32) * 32), 7, F32)
-    lookup_products.multiply(tiles(of, how), activations, out)
+    ready(of, how)(x, out)
     return out[:, : of.matrix[0]]
 
 
@@ -116,9 +104,9 @@ def bits(numbers: Floats) -> bytes:
 
 
 def cases(how: Tiling) -> Iterator[tuple[PackedTensor, Floats]]:
-    """Weights and activations: odd groups, part of a group, blocks that differ in size, extremes."""
+    """Weights and activations: groups that are left over, part of one, blocks that differ in size, extremes."""
     cols = 640 if how.per_row else 3 * how.block
-    for seed, (count, batch) in enumerate([(32, 1), (96, 2), (40, 7), (129, 1)]):
+    for seed, (count, batch) in enumerate([(32, 1), (96, 2), (40, 7), (129, 1), (320, 2)]):
         x = np.random.default_rng(seed + 50).standard_normal((batch, cols)).astype(F32)
         yield packed(how, count, cols, seed), x
     yield extreme(how, cols)
@@ -190,17 +178,15 @@ def test_every_sum_of_three_is_looked_up_right(form: str) -> None:
     size = np.arange(-381, 382)
     a = np.clip(size, -127, 127)
     b = np.clip(size - a, -127, 127)
-    three = np.stack([a, b, size - a - b], 1).astype(np.int8)
+    three = np.stack([a, b, size - a - b], 1)
     for zero in range(4):
-        q = np.zeros((len(size), 64), np.int8)
-        place = 4 * (np.arange(len(size)) % 16)
+        x, rows = np.zeros((len(size), 64), F32), np.arange(len(size))
+        place = 4 * (rows % 16)
+        x[rows, (place + 4) % 64] = 127  # so that a step is 1
         for i, lane in enumerate(lane for lane in range(4) if lane != zero):
-            q[np.arange(len(size)), place + lane] = three[:, i]
-        out = np.empty((len(size), 32), F32)
-        ones = np.ones((len(size), 1), F32)
-        lookup_products.multiply(tiles(weight, how), Activations(q, q.sum(1, dtype=np.int32)[:, None], ones), out)
-        quads = q.reshape(len(size), 16, 4).sum(1)
-        assert out.tobytes() == (quads @ np.array(VALUES).T).astype(F32).tobytes()
+            x[rows, place + lane] = three[:, i]
+        quads = x.reshape(len(size), 16, 4).sum(1)
+        assert product(weight, how, x).tobytes() == (quads @ np.array(VALUES).T).astype(F32).tobytes()
 
 
 @pytest.mark.kernels
@@ -231,12 +217,38 @@ def test_threads_change_nothing(form: str, count: int, monkeypatch: pytest.Monke
 
 
 @both
+def test_callers_at_the_same_time_do_not_meet(form: str) -> None:
+    how = Tiling(form, 256, "f16", False)
+    weight = packed(how, 1000, 512, 5)
+    multiply, rows = ready(weight, how), np.random.default_rng(6).standard_normal((40, 1, 512)).astype(F32)
+
+    def one(x: Floats) -> bytes:
+        out = np.empty((1, 1024), F32)
+        multiply(x, out)
+        return bits(out[:, :1000])
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(one, rows))
+    assert found == [bits(y[None]) for y in slow_products.product(weight, rows[:, 0])]
+
+
+@both
+def test_columns_may_be_stored_in_another_order_and_count_another_unit(form: str) -> None:
+    how = Tiling(form, 256, "f16", False)
+    weight = packed(how, 64, 512, 5)
+    order = np.random.default_rng(1).permutation(512).astype(np.int32)
+    x, out = np.random.default_rng(6).standard_normal((2, 512)).astype(F32), np.empty((2, 64), F32)
+    Product(tiles(weight, how), arrange(512, 256, order), 0.25)(x, out)
+    assert bits(out) == bits(slow_products.product(weight, x[:, order]) / F32(4))
+
+
+@both
 def test_many_rows_of_activations_take_no_more_memory_than_a_few(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     how = Tiling(form, 256, "f16", False)
     weight = packed(how, 40, 512, 5)
     x = np.random.default_rng(6).standard_normal((7, 512)).astype(F32)
     whole = product(weight, how, x)
-    monkeypatch.setattr(lookup_products._here, "room", None, raising=False)
+    monkeypatch.setattr(lookup_products, "_here", lookup_products._Here())
     monkeypatch.setattr(lookup_products, "TABLES", 2 * 128 * lookup_products.FORMS[form].table)  # of two rows
     assert bits(product(weight, how, x)) == bits(whole) == bits(slow_products.product(weight, x))
     assert lookup_products._here.room.nbytes == lookup_products.TABLES
@@ -245,32 +257,40 @@ def test_many_rows_of_activations_take_no_more_memory_than_a_few(form: str, monk
 @both
 def test_arrays_that_do_not_belong_together_are_refused(form: str) -> None:
     how = Tiling(form, 256, "f16", False)
-    of = tiles(packed(how, 64, 512, 7), how)
-    x, out = quantised(np.ones((2, 512), F32), 256), np.empty((2, 64), F32)
-    lookup_products.multiply(of, x, out)
+    of, order = tiles(packed(how, 64, 512, 7), how), arrange(512, 256)
     for name in ("codes", "scale", "table"):
         with pytest.raises(LayoutError, match=f"{name} is uint8"):
-            lookup_products.multiply(of._replace(**{name: getattr(of, name)[1:]}), x, out)
-    with pytest.raises(LayoutError, match=r"out is float32 \(2, 32\), needs float32 \(2, 64\)"):
-        lookup_products.multiply(of, x, np.empty((2, 32), F32))
-    with pytest.raises(LayoutError, match="q is int8"):
-        lookup_products.multiply(of, x._replace(q=x.q[:, :256]), out)
+            Product(of._replace(**{name: getattr(of, name)[1:]}), order)
+    with pytest.raises(LayoutError, match="signs is uint8"):
+        Product(of._replace(signs=np.zeros(len(of.signs) + 1, np.uint8)), order)
     with pytest.raises(LayoutError, match="520 columns"):
-        lookup_products.multiply(of._replace(cols=520), x, out)
+        Product(of._replace(cols=520), order)
+    for other in (arrange(256, 256), arrange(512, 128)):
+        with pytest.raises(LayoutError, match="order of"):
+            Product(of, other)
+    multiply, x, out = Product(of, order), np.ones((2, 512), F32), np.empty((2, 64), F32)
+    multiply(x, out)
+    for wrong_x, wrong_out in (
+        (x[:, :256], out), (x.astype(np.float64), out), (x[:, ::-1], out), (x[0], out), (x, out[:1]), (x, out[:, :32]),
+    ):  # fmt: skip
+        with pytest.raises(LayoutError, match="is float"):
+            multiply(wrong_x, wrong_out)
+    out.flags.writeable = False
+    with pytest.raises(LayoutError, match="may not be written"):
+        multiply(x, out)
 
 
 @both
 def test_there_may_be_nothing_to_multiply(form: str) -> None:
     how = Tiling(form, 256, "f16", False)
-    for count, cols, batch in ((0, 256, 2), (32, 256, 0), (32, 0, 2)):
-        nothing, table = np.empty(0, np.uint8), tiles(packed(how, 32, 256, 0), how).table
-        blocks = cols // 256
-        some = Activations(np.zeros((batch, cols), np.int8), *(np.zeros((batch, blocks), t) for t in (np.int32, F32)))
-        of = Tiles(how, nothing, nothing, nothing, table, count // 32, cols)
-        of = tiles(packed(how, 32, 256, 0), how) if count and cols else of
-        out = np.full((batch, count), 7, F32)
-        lookup_products.multiply(of, some, out)
-        assert out.tobytes() == bytes(out.nbytes)
+    of = tiles(packed(how, 32, 256, 0), how)
+    nothing, out = np.empty(0, np.uint8), np.full((2, 32), 7, F32)
+    no_rows = of._replace(codes=nothing, signs=nothing, scale=nothing, groups=0)
+    Product(no_rows, arrange(256, 256))(np.ones((2, 256), F32), out[:, :0])
+    Product(of, arrange(256, 256))(np.ones((0, 256), F32), out[:0])
+    assert (out == 7).all()
+    Product(no_rows._replace(groups=1, cols=0), arrange(0, 256))(np.ones((2, 0), F32), out)
+    assert out.tobytes() == bytes(out.nbytes)
 
 
 def test_what_has_no_kernel_is_refused() -> None:
@@ -290,6 +310,9 @@ def test_what_has_no_kernel_is_refused() -> None:
             assert not lookup_products.fits(how._replace(form=form, block=block), table)
     assert not lookup_products.fits(how._replace(form="bytes"), table)
     assert not lookup_products.fits(how._replace(scale="e8m0"), table)
+    nothing = np.empty(0, np.uint8)
+    with pytest.raises(LayoutError, match="no kernel is made for this tiling"):
+        Product(Tiles(how._replace(scale="e8m0"), nothing, nothing, nothing, table, 0, 256), arrange(256, 256))
 
 
 # ---------------------------------------------------------------- other levels

@@ -37,6 +37,7 @@ from packfmt.kernels import simd
 from packfmt.layout import Codes, Component, Layout, Values, cols, dtype_of, grid, rows
 from packfmt.placement import Arrays
 from packfmt.plan import Plan, Step
+from tests.outputs import save
 
 F32, F64 = np.float32, np.float64
 Floats = npt.NDArray[np.float32]
@@ -461,7 +462,7 @@ def test_what_is_prepared_can_be_stored_and_is_multiplied_without_being_known(na
     held = packfmt.prepare(packed).packed
     step = Step("w", held.shape, held.dtype, held.layout, held.layout, "keep", "")
     path = tmp_path / "m.safetensors"
-    container.write(path, Plan("", "safetensors", (step,)), iter([held]), Extras())
+    save(container, path, Plan("", "safetensors", (step,)), iter([held]), Extras())
     x = activations(9, packed.shape[1], 4)
     with packfmt.open(path) as model:
         again = model["w"]

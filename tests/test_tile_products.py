@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 import slow_tile_products as slow
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import simd, threads, tile_products
-from packfmt.kernels.tile_products import Activations, Tiles, Tiling
+from packfmt.kernels import activations, simd, threads, tile_products
+from packfmt.kernels.activations import ANY, QUADS, SAME, WINDOWS, Order, arrange, quantise
+from packfmt.kernels.tile_products import Activations, Product, Tiles, Tiling
 
 needs_vectors = pytest.mark.skipif(simd.INTERPRETED, reason="no vectors where nothing is compiled")
 
@@ -58,10 +60,32 @@ def columns(how: Tiling) -> int:
     return 2 * how.block + tile_products.chunk(how.widths) if how.per_row else 3 * how.block
 
 
-def product(tiles: Tiles, x: Activations) -> slow.Floats:
-    out = np.full((len(x.q), 16 * tiles.groups), 7, np.float32)
-    tile_products.multiply(tiles, x, out)
+def order(tiles: Tiles) -> Order:
+    """Columns as they are stored."""
+    return arrange(tiles.cols, tiles.how.block)
+
+
+def draw(how: Tiling, groups: int, cols: int, batch: int, seed: int) -> tuple[Tiles, slow.Floats]:
+    """Tiles, and activations of which most blocks have whole numbers of steps."""
+    tiles, whole = slow.draw(how, groups, cols, batch, seed)
+    return tiles, floats(tiles, whole)
+
+
+def floats(tiles: Tiles, x: Activations) -> slow.Floats:
+    """What steps stand for."""
+    sizes = np.diff([0, *order(tiles).ends])
+    return np.asarray(x.q * np.repeat(x.scale, sizes, axis=1), np.float32)
+
+
+def product(tiles: Tiles, x: slow.Floats) -> slow.Floats:
+    out = np.full((len(x), 16 * tiles.groups), 7, np.float32)
+    Product(tiles, order(tiles), tiles.unit)(x, out)
     return out
+
+
+def twin(tiles: Tiles, x: slow.Floats) -> slow.Floats:
+    """What the product should be."""
+    return slow.multiply(tiles, Activations(*quantise(x, order(tiles), tiles.unit)))
 
 
 def assert_same_bits(found: slow.Floats, expected: slow.Floats) -> None:
@@ -82,28 +106,53 @@ def test_every_tiling_gives_the_bits_of_its_twin(name: str, batch: int) -> None:
     assert tile_products.fits(how)
     for groups, cols in ((1, columns(how)), (5, columns(how)), (2, tile_products.chunk(how.widths))):
         if how.per_row or cols % how.block == 0:
-            tiles, x = slow.draw(how, groups, cols, batch, seed=groups)
-            assert_same_bits(product(tiles, x), slow.multiply(tiles, x))
+            tiles, x = draw(how, groups, cols, batch, seed=groups)
+            assert_same_bits(product(tiles, x), twin(tiles, x))
 
 
 @needs_vectors
 @pytest.mark.parametrize("name", ["ternary", "nvfp4", "three planes of rows"])
 def test_no_row_of_a_batch_depends_on_the_others(name: str) -> None:
     how = TILINGS[name]
-    tiles, x = slow.draw(how, 3, columns(how), 64, seed=2)
-    expected = slow.multiply(tiles, x)
+    tiles, x = draw(how, 3, columns(how), 64, seed=2)
+    expected = twin(tiles, x)
     for batch in (1, 2, 3, 5, 8, 9, 16, 17, 64):
-        few = Activations(x.q[:batch], x.sums[:batch], x.scale[:batch])
-        assert_same_bits(product(tiles, few), expected[:batch])
+        assert_same_bits(product(tiles, x[:batch]), expected[:batch])
+
+
+@needs_vectors
+@pytest.mark.parametrize("batch", [1, 3, 8, 11])
+def test_columns_come_in_the_order_that_is_asked_for(batch: int) -> None:
+    """Whatever way they are moved in."""
+    tiles, x = draw(TILINGS["4 bits"], 2, 128, batch, seed=12)
+    expected = twin(tiles, x)
+    ways = set()
+    turned = (
+        np.arange(128).reshape(4, 2, 16).transpose(0, 2, 1),
+        np.arange(128).reshape(-1, 4)[::-1],
+        np.arange(128)[::-1],
+    )
+    blocks = np.arange(128).reshape(4, 8, 4)[:, ::-1]
+    for columns in (np.arange(128), blocks, *turned):
+        how = arrange(128, 32, columns.reshape(-1).astype(np.int32))
+        given, out = np.empty_like(x), np.full((batch, 32), 7, np.float32)
+        given[:, columns.reshape(-1)] = x
+        Product(tiles, how, tiles.unit)(given, out)
+        assert_same_bits(out, expected)
+        ways.add(how.way)
+    assert ways == {SAME, QUADS, WINDOWS, ANY}
 
 
 @needs_vectors
 @pytest.mark.parametrize("name", ["ternary", "mxfp4"])
-def test_threads_and_what_they_claim_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("many", [1, 1 << 16])
+def test_threads_and_what_they_claim_change_nothing(name: str, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few activations are written by each thread for itself, many by all together."""
     how = TILINGS[name]
-    tiles, x = slow.draw(how, 7, columns(how), 8, seed=3)
-    expected = slow.multiply(tiles, x)
+    tiles, x = draw(how, 7, columns(how), 11, seed=3)
+    expected = twin(tiles, x)
     monkeypatch.setattr(tile_products, "LEAST", 1)
+    monkeypatch.setattr(activations, "LEAST_NUMBERS", many)
     for claims in (1, 3, 32):
         monkeypatch.setattr(tile_products, "CLAIMS", claims)
         for count in (1, 2, 3):
@@ -112,28 +161,48 @@ def test_threads_and_what_they_claim_change_nothing(name: str, monkeypatch: pyte
 
 
 @needs_vectors
+def test_callers_at_the_same_time_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has room of its own, also where sizes are the same."""
+    how = TILINGS["ternary"]
+    drawn = [draw(how, 64, 4 * how.block, 1, seed) for seed in range(2)]
+    ready = [(Product(tiles, order(tiles), tiles.unit), x, twin(tiles, x)) for tiles, x in drawn]
+    monkeypatch.setattr(tile_products, "LEAST", 1)
+
+    def often(which: int) -> None:
+        multiply, x, expected = ready[which % 2]
+        out = np.empty((1, 1024), np.float32)
+        with threads.limit(1 + which // 2):
+            for _ in range(200):
+                multiply(x, out)
+                assert_same_bits(out, expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(often, which) for which in range(4)]:
+            done.result()
+
+
+@needs_vectors
 @pytest.mark.kernels
 def test_extremes_do_not_overflow() -> None:
     """All codes and activations at their ends, in blocks as long as there are."""
     for name, code in (("8 bits", 255), ("8 bits, signed", 128), ("6 bits, wide", 255)):
         how = TILINGS[name]._replace(block=256, scale="f32")
-        tiles, x = slow.draw(how, 1, 512, 2, seed=4)
+        tiles, x = draw(how, 1, 512, 2, seed=4)
         for part in (tiles.codes, tiles.high):
             part[:] = code
-        x.q[0], x.q[1] = 127, -127
-        x.sums[0], x.sums[1] = 127 * 256, -127 * 256
-        assert_same_bits(product(tiles, x), slow.multiply(tiles, x))
+        x[0], x[1] = 127, -127
+        assert_same_bits(product(tiles, x), twin(tiles, x))
 
 
 @needs_vectors
 def test_scales_of_every_byte_are_counted_as_the_twin_counts_them() -> None:
     for scale in ("e8m0", "e4m3", "ue4m3"):
         how = TILINGS["mxfp4"]._replace(scale=scale)
-        tiles, x = slow.draw(how, 16, 32, 1, seed=5)
+        tiles, x = draw(how, 16, 32, 1, seed=5)
         tiles.scale[:] = np.arange(256)
         for exponent, nan in ((127, True), (128, False), (300, True)):
             one = tiles._replace(exponent=exponent, nan=nan)
-            assert_same_bits(product(one, x), slow.multiply(one, x))
+            assert_same_bits(product(one, x), twin(one, x))
             if scale != "e8m0":
                 break
 
@@ -144,8 +213,7 @@ def test_scales_of_every_byte_are_counted_as_the_twin_counts_them() -> None:
 CHILD = """
 import ctypes, mmap, sys
 import numpy as np
-import slow_tile_products as slow
-from test_tile_products import TILINGS, assert_same_bits, columns, product
+from test_tile_products import TILINGS, assert_same_bits, columns, draw, product, twin
 from packfmt.kernels import simd
 
 kept = []
@@ -164,8 +232,8 @@ def at_the_end(array):
 
 for name in sys.argv[2:]:
     for batch in (1, 7):
-        tiles, x = slow.draw(TILINGS[name], 2, columns(TILINGS[name]), batch, seed=6)
-        expected = slow.multiply(tiles, x)
+        tiles, x = draw(TILINGS[name], 2, columns(TILINGS[name]), batch, seed=6)
+        expected = twin(tiles, x)
         if sys.argv[1] == "guarded":
             tiles = tiles._make(at_the_end(v) if isinstance(v, np.ndarray) else v for v in tiles)
         assert_same_bits(product(tiles, x), expected)
@@ -215,10 +283,10 @@ def test_nothing_is_read_beyond_the_end_of_an_array() -> None:
 
 @needs_vectors
 def test_arrays_that_may_not_be_written_need_no_other_kernel() -> None:
-    tiles, x = slow.draw(TILINGS["ternary"], 2, 512, 1, seed=7)
+    tiles, x = draw(TILINGS["ternary"], 2, 512, 1, seed=7)
     expected = product(tiles, x)
     count = len(tile_products._multiply.signatures)
-    for array in (*tiles, *x):
+    for array in (*tiles, x):
         if isinstance(array, np.ndarray):
             array.flags.writeable = False
     assert_same_bits(product(tiles, x), expected)
@@ -229,21 +297,20 @@ def test_arrays_that_may_not_be_written_need_no_other_kernel() -> None:
 def test_nothing_is_written_where_there_is_nothing_and_no_column_gives_zeros() -> None:
     how = TILINGS["ternary"]
     for groups, cols, batch in ((0, 512, 1), (2, 512, 0), (2, 0, 3)):
-        tiles, x = slow.draw(how, groups, cols, batch, seed=8) if cols else _without_columns(how, groups, batch)
+        tiles, x = draw(how, groups, cols, batch, seed=8) if cols else _without_columns(how, groups, batch)
         found = product(tiles, x)
         assert found.shape == (batch, 16 * groups) and not found.any()
 
 
-def _without_columns(how: Tiling, groups: int, batch: int) -> tuple[Tiles, Activations]:
-    tiles, _ = slow.draw(how, groups, 256, batch, seed=8)
+def _without_columns(how: Tiling, groups: int, batch: int) -> tuple[Tiles, slow.Floats]:
+    tiles, _ = draw(how, groups, 256, batch, seed=8)
     none = np.zeros(0, np.uint8)
-    x = Activations(np.zeros((batch, 0), np.int8), np.zeros((batch, 0), np.int32), np.zeros((batch, 0), np.float32))
-    return tiles._replace(cols=0, codes=none, scale=none), x
+    return tiles._replace(cols=0, codes=none, scale=none), np.zeros((batch, 0), np.float32)
 
 
 def wrong() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """What is wrong, and instead of which tiles and activations."""
-    tiles, x = slow.draw(TILINGS["nvfp4"], 2, 48, 2, seed=9)
+    tiles, x = draw(TILINGS["nvfp4"], 2, 48, 2, seed=9)
     yield "codes is uint8 (767,), needs uint8 (768,)", {"codes": tiles.codes[1:]}, {}
     yield "codes is int8 (768,), needs uint8 (768,)", {"codes": tiles.codes.view(np.int8)}, {}
     yield "not contiguous", {"codes": np.repeat(tiles.codes, 2)[::2]}, {}
@@ -255,12 +322,19 @@ def wrong() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     yield "needs a multiple of 16 columns", {"cols": 56}, {}
     yield "table is uint8 (1,)", {"table": np.zeros(1, np.uint8)}, {}
     yield "no kernel", {"how": tiles.how._replace(block=20)}, {}
-    yield "q is int8 (2, 40), needs int8 (2, 48)", {}, {"q": np.ascontiguousarray(x.q[:, :40])}
-    yield "sums is int64 (2, 3), needs int32 (2, 3)", {}, {"sums": x.sums.astype(np.int64)}
-    yield "scale of activations is float32 (2, 2)", {}, {"scale": np.ascontiguousarray(x.scale[:, :2])}
+    yield "order of 64 columns in 4 blocks, needs 48 columns in blocks of 16", {}, {"order": arrange(64, 16)}
+    yield "order of 48 columns in 2 blocks, needs 48 columns in blocks of 16", {}, {"order": arrange(48, 32)}
+    ends = np.array([8, 32, 48], np.int32)
+    yield "order of 48 columns in 3 blocks, needs 48 columns in blocks of 16", {}, {"order": arrange(48, ends)}
+    yield "x is float32 (2, 47), needs float32 (2, 48)", {}, {"x": np.ascontiguousarray(x[:, 1:])}
+    yield "x is float64 (2, 48), needs float32 (2, 48)", {}, {"x": x.astype(np.float64)}
+    yield "x is int32 (2, 48), needs float32 (2, 48)", {}, {"x": x.view(np.int32)}
+    yield "x is float32 (48,), needs float32 (48, 48)", {}, {"x": x[0]}
+    yield "x is float32 (2, 48), not contiguous", {}, {"x": np.repeat(x, 2, axis=1)[:, ::2]}
     yield "out is float32 (2, 31), needs float32 (2, 32)", {}, {"out": np.zeros((2, 31), np.float32)}
+    yield "out is float32 (1, 32), needs float32 (2, 32)", {}, {"out": np.zeros((1, 32), np.float32)}
     yield "out is float32 (2, 32), not contiguous", {}, {"out": np.zeros((2, 64), np.float32)[:, ::2]}
-    yield "out may not be written", {}, {"out": np.broadcast_to(np.zeros((2, 32), np.float32), (2, 32))}
+    yield "out may not be written", {}, {"out": np.frombuffer(bytes(256), np.float32).reshape(2, 32)}
 
 
 @needs_vectors
@@ -268,17 +342,17 @@ def wrong() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
 def test_arrays_that_do_not_belong_together_are_refused(
     message: str, instead: dict[str, Any], given: dict[str, Any]
 ) -> None:
-    tiles, x = slow.draw(TILINGS["nvfp4"], 2, 48, 2, seed=9)
-    out = given.pop("out", np.zeros((2, 32), np.float32))
+    tiles, x = draw(TILINGS["nvfp4"], 2, 48, 2, seed=9)
+    rest: dict[str, Any] = {"order": order(tiles), "x": x, "out": np.zeros((2, 32), np.float32)} | given
     with pytest.raises(LayoutError) as error:
-        tile_products.multiply(tiles._replace(**instead), x._replace(**given), out)
+        Product(tiles._replace(**instead), rest["order"])(rest["x"], rest["out"])
     assert message in str(error.value)
 
 
 @needs_vectors
 def test_a_table_that_nobody_looks_into_is_whole_or_missing() -> None:
     """The kernel loads it anyway."""
-    tiles, x = slow.draw(TILINGS["ternary"], 1, 256, 1, seed=9)
+    tiles, x = draw(TILINGS["ternary"], 1, 256, 1, seed=9)
     with pytest.raises(LayoutError, match=r"table is uint8 \(1,\), needs uint8 \(128,\)"):
         product(tiles._replace(table=np.zeros(1, np.uint8)), x)
     assert_same_bits(product(tiles._replace(table=np.zeros(128, np.uint8)), x), product(tiles, x))

@@ -7,8 +7,9 @@ of zeros, or one so small that a is 0, has q = 0; where a number is infinite or 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +35,11 @@ from packfmt.kernels.simd import (
     sub,
     zero_ints,
 )
+from packfmt.kernels.tile_code import VERSION, Table, address_of, array_at, call_at, entry, number_at
 
 F32 = np.float32
 I32 = np.int32
+FLOAT32: Final = np.dtype(F32)
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.int8]
@@ -51,11 +54,18 @@ ROUNDER = F32(3 << 22)
 ROUNDER_BITS = np.int32(ROUNDER.view(np.int32))
 LEAST_NUMBERS = 1 << 16  # worth a thread
 ROOM = 64  # zeros after a row, for vectors that reach over its end
+KEPT = 32  # rows of activations; room for more is not kept for another product
 
 SAME, QUADS, WINDOWS, ANY = range(4)
+# places in the tables of an order, of a room, of what one thread works in, and of a source
+ENDS, PLACES, WITHIN, STORED, COLS, WAY = range(6)
+STEPS, SUMS, SCALE, SCRATCH = range(4)
+MIXED, LINE, MOVED = range(3)
+ORDER, UNIT, QUANTISE = range(3)
 
 
-class Order(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
     """Where stored columns come from, in the form in which bytes are moved.
 
     stored, cols : columns stored, and columns of x
@@ -72,6 +82,11 @@ class Order(NamedTuple):
     way: int
     places: Ints
     within: npt.NDArray[np.uint8]
+    table: Table = field(init=False)
+
+    def __post_init__(self) -> None:
+        table = Table(self.ends, self.places, self.within, self.stored, self.cols, self.way)
+        object.__setattr__(self, "table", table)
 
 
 def arrange(cols: int, block: int | Ints, columns: Ints | None = None) -> Order:
@@ -168,29 +183,111 @@ def quantise(x: Floats, order: Order, unit: float | np.float32 = 1.0) -> tuple[B
     LayoutError
         If x is another array.
     """
-    if x.ndim != 2 or x.shape[1] != order.cols or x.dtype != F32 or not x.flags.c_contiguous:
-        raise LayoutError(f"activations {x.dtype} {x.shape}, needs C-contiguous float32 (batch, {order.cols})")
-    batch, unit = len(x), F32(unit)
+    check(x, order)
+    batch = len(x)
     q = np.empty((batch, order.stored), np.int8)
     sums = np.empty((batch, len(order.ends)), I32)
     scale = np.empty((batch, len(order.ends)), F32)
-    work = partial(_some if not simd.INTERPRETED else _some_plainly, x, order, unit, q, sums, scale)
-    if x.size < 2 * LEAST_NUMBERS:
-        work(0, batch)
+    if simd.INTERPRETED:
+        _by_rows(partial(_some_plainly, x, order, F32(unit), q, sums, scale), x)
     else:
-        threads.spread(work, batch, -(-LEAST_NUMBERS // order.cols))
+        fill(x, order, float(unit), 1, Table(q, sums, scale))
     return q, sums, scale
 
 
-def _some(x, order, unit, q, sums, scale, start, stop):
-    """Rows start to stop of x."""
-    mine, way, room = x[start:stop], order.way, _NOWHERE
-    if way == ANY:
-        mine, way = np.empty((stop - start, order.stored), F32), SAME
-        _gather(x, start, order.places, mine)
-    elif way != SAME:
-        room = np.empty(max(order.cols, order.stored) + 2 * ROOM, np.int8)
-    _quantise(mine, order.ends, unit, way, order.places, order.within, room, q, sums, scale, start)
+def check(x: Floats, order: Order) -> None:
+    """Refuse activations that are not (batch, cols) float32 and C-contiguous.
+
+    Raises
+    ------
+    LayoutError
+        If they are not.
+    """
+    if x.ndim != 2 or x.shape[1] != order.cols or x.dtype != FLOAT32 or not x.flags.c_contiguous:
+        raise LayoutError(f"activations {x.dtype} {x.shape}, needs C-contiguous float32 (batch, {order.cols})")
+
+
+def fill(x: Floats, order: Order, unit: float, width: int, out: Table) -> None:
+    """Activations as int8, like `quantise`, written to the arrays of a table; x is not looked at.
+
+    width : rows that lie side by side, four columns of each in turn, and one sum and scale of each. More than 1 only
+        where stored columns are a multiple of 4. What belongs to rows after the last is left as it is
+    out : STEPS (parts, stored / 4, width, 4) int8, SUMS (parts, blocks, width) int32, SCALE likewise float32, for as
+        many parts as the rows need
+    """
+    quantise_rows = entry(_quantise, *TAKES)
+
+    def some(start: int, stop: int) -> None:
+        scratch = _scratch(order)
+        quantise_rows(order.table.address, unit, x, start, stop, width, out.address, scratch.address)
+
+    _by_rows(some, x)
+
+
+def _by_rows(work: Callable[[int, int], None], x: Floats) -> None:
+    """Call work(start, stop) for rows of x, on all threads where there are many."""
+    if x.size < 2 * LEAST_NUMBERS:
+        work(0, len(x))
+    else:
+        threads.spread(work, len(x), -(-LEAST_NUMBERS // x.shape[1]))
+
+
+def source(order: Order, unit: float) -> Table:
+    """What a kernel needs to fill its room itself, by `_fill_room`."""
+    return Table(order.table, np.array([unit], F32), address_of(_quantise, *TAKES))
+
+
+def _scratch(order: Order) -> Table:
+    """What one thread works in: a row's bytes in the order of x, in stored order; and numbers in stored order."""
+    bytes_of_row = max(order.cols, order.stored) + 2 * ROOM
+    mixed = np.empty(bytes_of_row if order.way in (QUADS, WINDOWS) else 0, np.int8)
+    return Table(mixed, np.empty(order.stored, np.int8), np.empty(order.stored if order.way == ANY else 0, F32))
+
+
+class Room:
+    """Where so many rows of activations stand as int8 while they are multiplied.
+
+    table : as `fill` writes it, and what one thread needs to do so
+    counter : (1,) int64, for threads that share a product; `count` is its address
+    """
+
+    __slots__ = ("count", "counter", "rows", "table")
+
+    def __init__(self, order: Order, rows: int) -> None:
+        numbers, scratch = rows * len(order.ends), _scratch(order)
+        steps, sums, scale = np.zeros(rows * order.stored, np.int8), np.zeros(numbers, I32), np.zeros(numbers, F32)
+        self.rows, self.table = rows, Table(steps, sums, scale, scratch)
+        self.counter = np.zeros(1, np.int64)
+        self.count: int = self.counter.ctypes.data
+
+
+class Rooms:
+    """Rooms that no product is in: what is made anew is not in the cache."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._free: dict[int, list[Room]] = {rows: [] for rows in range(1, KEPT + 1)}
+
+    def take(self, rows: int) -> Room:
+        """A room for so many rows, which nobody else is in until it is given back."""
+        try:
+            return self._free[rows].pop()
+        except LookupError:
+            return Room(self._order, rows)
+
+    def give(self, room: Room) -> None:
+        """It may be taken by another product."""
+        if room.rows <= KEPT:
+            self._free[room.rows].append(room)
+
+
+_rooms: dict[tuple[int, ...], Rooms] = {}
+
+
+def rooms(order: Order) -> Rooms:
+    """The same for all orders of one size, for the layers of a model are multiplied one after the other."""
+    key = order.stored, order.cols, len(order.ends), order.way
+    return _rooms.setdefault(key, Rooms(order))
 
 
 def _some_plainly(x, order, unit, q, sums, scale, start, stop):
@@ -307,12 +404,10 @@ def _copy4(typing, target, at, source, place):
 
 
 @njit(cache=True, nogil=True)
-def _gather(x, start, columns, out):
-    for i in range(out.shape[0]):
-        numbers, moved = x[start + i], out[i]
-        for j in range(moved.size):
-            column = columns[j]
-            moved[j] = numbers[column] if column >= 0 else F32(0)
+def _gather(numbers, columns, moved):
+    for j in range(moved.size):
+        column = columns[j]
+        moved[j] = numbers[column] if column >= 0 else F32(0)
 
 
 @njit(cache=True, nogil=True)
@@ -339,23 +434,33 @@ def _kernel(version: str) -> Callable[..., None]:
     """The loop over rows; in its closure the version is part of the key under which compiled code is kept."""
 
     @njit(cache=True, nogil=True)
-    def _quantise(x, ends, unit, way, places, within, room, q, sums, scale, start):
-        """Row i of x is row start + i of the result. room : bytes of a row, before they are brought in order
+    def _quantise(order, unit, x, start, stop, width, table, scratch):
+        """Rows start to stop of x. order, table, scratch : addresses, of `Order.table`, as of `fill`, and `_scratch`
 
         Below 2**22, a number is rounded by what its sum with ROUNDER leaves in the lowest bits. x / a is 191 at
         most, where a is the smallest number above 0.
         """
         version  # noqa: B018
-        cols, stored = x.shape[1], q.shape[1]
-        numbers, steps = x.reshape(-1), q.reshape(-1)
+        ends, places = array_at(order, ENDS, I32), array_at(order, PLACES, I32)
+        within, stored, way = array_at(order, WITHIN, np.uint8), number_at(order, STORED), number_at(order, WAY)
+        q, sums, scale = array_at(table, STEPS, np.int8), array_at(table, SUMS, I32), array_at(table, SCALE, F32)
+        mixed, line = array_at(scratch, MIXED, np.int8), array_at(scratch, LINE, np.int8)
+        moved, mixes = array_at(scratch, MOVED, F32), way in (QUADS, WINDOWS)
         magnitude, rounder, bits = same_int(MAGNITUDE), same_float(ROUNDER), same_int(ROUNDER_BITS)
         top, bottom = same_int(MOST), same_int(-MOST)
-        for i in range(x.shape[0]):
-            row, begin = start + i, i * cols
-            out, base = (steps, row * stored) if way == SAME else (room, 0)
+        for row in range(start, stop):
+            part, which = row // width, row % width
+            numbers, begin, cols = x.reshape(-1), row * x.shape[1], x.shape[1]
+            if way == ANY:
+                _gather(x[row], places, moved)
+                numbers, begin, cols = moved, 0, stored
+            # in stored order, a row's bytes; and before that
+            steps, first = (q, row * stored) if width == 1 else (line, 0)
+            out, base = (mixed, 0) if mixes else (steps, first)
             to = base - begin
             at = begin
             for b in range(ends.size):
+                place = (part * ends.size + b) * width + which
                 end = begin + min(np.int64(ends[b]), cols)
                 wide = at + (end - at) // 16 * 16
                 found = zero_ints()
@@ -365,8 +470,8 @@ def _kernel(version: str) -> Callable[..., None]:
                 if wide < end:
                     largest = _last_few(numbers, wide, end, largest)
                 a = _ratio(_number(largest), TOP) if largest < INFINITE else NOT_A_NUMBER
-                scale[row, b] = a * unit
-                sums[row, b] = 0
+                scale[place] = a * unit
+                sums[place] = 0
                 if a > 0:
                     each, total = same_float(a), zero_ints()
                     for j in range(at, wide, 16):
@@ -374,26 +479,36 @@ def _kernel(version: str) -> Callable[..., None]:
                         few = _larger(_smaller(rounded, top), bottom)
                         total = add(total, few)
                         store(out, to + j, _low_bytes(few))
-                    sums[row, b] = _sum_of_lanes(total)
+                    sums[place] = _sum_of_lanes(total)
                     if wide < end:
-                        sums[row, b] += _last_steps(numbers, wide, end, a, out, to + wide)
+                        sums[place] += _last_steps(numbers, wide, end, a, out, to + wide)
                 else:
                     out[to + at : to + end] = 0
                 at = max(at, end)
-            out[to + at : base + stored if way == SAME else out.size] = 0
+            out[to + at : out.size if mixes else base + stored] = 0
             if way == QUADS:
                 for j in range(places.size):
-                    _copy4(steps, row * stored + 4 * j, room, np.int64(places[j]))
+                    _copy4(steps, first + 4 * j, mixed, np.int64(places[j]))
             elif way == WINDOWS:
                 for j in range(stored // 64):
-                    neighbours = load_bytes64(room, places[j])
-                    store(steps, row * stored + 64 * j, look_up_64(neighbours, load_bytes64(within, 64 * j)))
+                    neighbours = load_bytes64(mixed, places[j])
+                    store(steps, first + 64 * j, look_up_64(neighbours, load_bytes64(within, 64 * j)))
                 for j in range(stored // 64 * 64, stored):
-                    steps[row * stored + j] = room[places[j // 64] + within[j]]
+                    steps[first + j] = mixed[places[j // 64] + within[j]]
+            if width > 1:
+                for j in range(stored // 4):
+                    _copy4(q, 4 * ((part * (stored // 4) + j) * width + which), line, 4 * j)
 
     return _quantise
 
 
-_quantise = _kernel(simd.VERSION)
+_quantise = _kernel(VERSION)
+TAKES: Final = (types.int64, types.float32, types.Array(types.float32, 2, "C"), *[types.int64] * 5)
 
-_NOWHERE = np.empty(0, np.int8)
+
+@njit(cache=True, nogil=True)
+def _fill_room(source_at, x, start, width, room):
+    """`fill` for rows `start` and on, in one thread. source_at, room : addresses, of `source` and `Room.table`"""
+    order, unit = number_at(source_at, ORDER), array_at(source_at, UNIT, F32)[0]
+    scratch, stop = number_at(room, SCRATCH), np.int64(x.shape[0])
+    call_at(number_at(source_at, QUANTISE), (order, unit, x, np.int64(start), stop, np.int64(width), room, scratch))

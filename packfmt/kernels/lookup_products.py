@@ -16,8 +16,8 @@ Source: T-MAC (arXiv 2407.00088) looks up sums of activations by PSHUFB
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,18 +27,32 @@ from numba import njit, types
 from numba.core import cgutils
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import pages, simd, threads
+from packfmt.kernels import activations, pages, simd, threads
+from packfmt.kernels.activations import Order, _fill_room
 from packfmt.kernels.simd import claim
 from packfmt.kernels.simd_code import AVX512_HERE, AVX_HERE, I8, I16, I64, Vector, all_lanes, call, constant, order
-from packfmt.kernels.tile_code import Kernel, Typed, Writer, known, part
-from packfmt.kernels.tile_products import Activations, check_one
+from packfmt.kernels.tile_code import (
+    Kernel,
+    KernelType,
+    Table,
+    Typed,
+    Writer,
+    array_at,
+    array_of,
+    entry,
+    known,
+    number_at,
+    part,
+)
+from packfmt.kernels.tile_products import check_floats, check_one, check_order
 
+U8 = np.dtype(np.uint8)
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 
 ROWS = 32  # of a group
 BLOCK = 256  # columns at most: what 64 quads sum up to fits 16 bits
 SCALES = {"f32": 4, "f16": 2, "bf16": 2}  # bytes of one
-AHEAD = 4096  # bytes; what will be read after so many is asked for
 SHARE = 1 << 16  # bytes of codes, or as much work with a batch, that a thread claims at once
 LEAST = 1 << 18  # that are worth a thread
 TABLES = 1 << 20  # bytes of tables at a time, that they stay in the cache, or those of one row of activations
@@ -50,7 +64,9 @@ class Form(NamedTuple):
     quads : of a piece, which are stored together
     codes, signs : bytes of a piece
     table : bytes of a table
-    together : groups that one reading of the tables serves
+    together : groups that one reading of the tables serves; and memory is read in four places at once faster by a
+        third than in one
+    ahead : bytes; what will be read of a group's codes after so many is asked for
     """
 
     quads: int
@@ -58,10 +74,14 @@ class Form(NamedTuple):
     signs: int
     table: int
     together: int
+    ahead: int
 
 
-FORMS = {"words": Form(16, 320, 0, 64, 2), "nibbles": Form(8, 128, 32, 32, 1)}
 BEST = "words" if AVX512_HERE else "nibbles"  # on this machine
+FORMS = {
+    "words": Form(16, 320, 0, 64, 4 if BEST == "words" else 1, 2560),
+    "nibbles": Form(8, 128, 32, 32, 1, 4096),
+}
 
 
 class Tiling(NamedTuple):
@@ -158,21 +178,22 @@ def _fill(write, how, tables, at, quads, four):
 
 _quads = known(lambda how: FORMS[how.form].quads)
 _code_bytes = known(lambda how: FORMS[how.form].codes)
-_sign_bytes = known(lambda how: FORMS[how.form].signs)
 _table_bytes = known(lambda how: FORMS[how.form].table)
 _together = known(lambda how: FORMS[how.form].together)
+_ahead = known(lambda how: FORMS[how.form].ahead)
 _block = known(lambda how: how.block)
 _per_row = known(lambda how: int(how.per_row))
 _scale_bytes = known(lambda how: ROWS * SCALES[how.scale])
 
 
 def _sums(how: Tiling) -> types.UniTuple:
-    """Of two groups, 16 bits for a row; or four times 16 words, of 32 rows' bytes.
+    """Of each group, 16 bits for a row; or four times 16 words, of 32 rows' bytes.
 
     The bytes are of low parts and then of high ones: words of two rows, beside the upper of the two. So the lower
     ones' sum is the first's less 256 times the second's.
     """
-    return types.UniTuple(Shorts32, 2) if how.form == "words" else types.UniTuple(simd.Shorts16, 4)
+    words = types.UniTuple(Shorts32, FORMS[how.form].together)
+    return words if how.form == "words" else types.UniTuple(simd.Shorts16, 4)
 
 
 @part(_sums)
@@ -181,24 +202,42 @@ def _start(write, how, offset):
     build = write.builder
     if how.form == "words":
         first = all_lanes(build, build.neg(build.trunc(offset.value, I16)), 32)
-        return [Typed(Shorts32, first)] * 2
+        return [Typed(Shorts32, first)] * FORMS[how.form].together
     return [Typed(simd.Shorts16, constant(WORDS16, 0))] * 4
 
 
+def _plus(write: Writer, at: Typed, more: Typed) -> Typed:
+    """A place so many bytes further on."""
+    return Typed(at.kind, write.builder.add(at.value, more.value))
+
+
+def _places(write: Writer, at: Typed, apart: Typed, count: int) -> list[Typed]:
+    """So many places, of which each is `apart` bytes after the one before."""
+    places = [at]
+    while len(places) < count:
+        places.append(_plus(write, places[-1], apart))
+    return places
+
+
 @part(_sums)
-def _add(write, how, sums, codes, at, other, signs, signs_at, tables, to):
-    """Add what a piece's quads look up; `at` and `other` are where the codes of two groups are."""
-    add = _add_words if how.form == "words" else _add_nibbles
-    return add(write, write.unpack(sums), codes, at, other, signs, signs_at, tables, to)
+def _add(write, how, sums, codes, at, apart, ahead, signs, tables, to):
+    """Add what a piece's quads look up.
+
+    at, apart : where the piece of the first group lies, and how many bytes after it that of the next
+    ahead : how many bytes after a piece lies what is asked for
+    """
+    if how.form == "words":
+        return _add_words(write, write.unpack(sums), codes, at, apart, ahead, tables, to)
+    return _add_nibbles(write, write.unpack(sums), codes, at, ahead, signs, tables, to)
 
 
-def _add_words(write, sums, codes, at, other, _signs, _signs_at, tables, to):
+def _add_words(write, sums, codes, at, apart, ahead, tables, to):
     build, totals, groups = write.builder, [s.value for s in sums], []
-    for place in (at, other):
-        places = [write.plus(place, 64 * i) for i in range(5)]
-        for one in places:
-            write.prefetch(codes, write.plus(one, AHEAD))
-        groups.append([build.bitcast(write.load_bytes64(codes, one).value, WORDS32) for one in places])
+    for place in _places(write, at, apart, len(sums)):
+        vectors = [write.plus(place, 64 * i) for i in range(5)]
+        for one in vectors:
+            write.prefetch(codes, _plus(write, one, ahead))
+        groups.append([build.bitcast(write.load_bytes64(codes, one).value, WORDS32) for one in vectors])
     for quad in range(16):
         table = build.bitcast(write.load_bytes64(tables, write.plus(to, 64 * quad)).value, WORDS32)
         word, bit = divmod(5 * quad, 16)
@@ -227,18 +266,19 @@ def _look_up_word(build: ir.IRBuilder, table: Any, index: Any) -> Any:
     return build.load(build.bitcast(places[2], WORDS32.as_pointer()))
 
 
-SIGNS = [[-1 if n >> bit & 1 else 1 for n in range(16)] for bit in range(4)]  # of bits of a nibble
+SIGN_OF_BIT = [[-1 if n >> bit & 1 else 1 for n in range(16)] for bit in range(4)]  # of bits of a nibble
 
 
-def _add_nibbles(write, sums, codes, at, _other, signs, signs_at, tables, to):
+def _add_nibbles(write, sums, codes, at, ahead, signs, tables, to):
     build = write.builder
-    for one, ahead in ((at, AHEAD), (at, AHEAD + 64)):
-        write.prefetch(codes, write.plus(one, ahead))
-    write.prefetch(signs, write.plus(signs_at, AHEAD // 4))
+    # signs have a bit where codes have four
+    signs_at, signs_ahead = (Typed(place.kind, build.ashr(place.value, I64(2))) for place in (at, ahead))
+    for array, place, more in ((codes, at, ahead), (codes, write.plus(at, 64), ahead), (signs, signs_at, signs_ahead)):
+        write.prefetch(array, _plus(write, place, more))
     totals = [constant(BYTES32, 128)] * 2  # so that bytes stay above zero
     for quad in range(8):
         index = _nibbles(write, codes, write.plus(at, 32 * (quad // 2)), quad % 2)
-        bits = ir.Constant(simd.Bytes16.llvm, SIGNS[quad % 4])
+        bits = ir.Constant(simd.Bytes16.llvm, SIGN_OF_BIT[quad % 4])
         sign = _look_up_bytes(write, bits, _nibbles(write, signs, signs_at, quad // 4))
         for i in range(2):
             table = write.load_bytes16(tables, write.plus(to, 32 * quad + 16 * i)).value
@@ -298,13 +338,14 @@ def _zeros(write, how):
 
 
 @part(_results)
-def _finish(write, how, acc, sums, pieces, factor, scale, at, other):
-    """acc + float32(dot) * (scale * factor), of each 16 rows."""
+def _finish(write, how, acc, sums, pieces, factor, scale, at, apart, ahead):
+    """acc + float32(dot) * (scale * factor), of each 16 rows; scales of groups are `apart` bytes apart."""
     a, made = write.same_float(factor), []
     dots = _dots(write, how, write.unpack(sums), pieces)
-    for i, (one, dot) in enumerate(zip(write.unpack(acc), dots, strict=True)):
-        place = write.plus((at, other)[i // 2], 16 * SCALES[how.scale] * (i % 2))
-        write.prefetch(scale, write.plus(place, 512))
+    places = _places(write, at, apart, FORMS[how.form].together)
+    halves = [write.plus(place, 16 * SCALES[how.scale] * half) for place in places for half in range(2)]
+    for one, dot, place in zip(write.unpack(acc), dots, halves, strict=True):
+        write.prefetch(scale, _plus(write, place, ahead))
         if how.scale == "f32":
             w = write.load_floats16(scale, place)
         else:
@@ -316,126 +357,162 @@ def _finish(write, how, acc, sums, pieces, factor, scale, at, other):
 
 
 @part(lambda how: types.void)
-def _store(write, how, acc, out, at, other):
+def _store(write, how, acc, out, at, apart):
+    places = _places(write, at, apart, FORMS[how.form].together)
     for i, one in enumerate(write.unpack(acc)):
-        write.store(out, write.plus((at, other)[i // 2], 64 * (i % 2)), one)
+        write.store(out, write.plus(places[i // 2], 64 * (i % 2)), one)
+
+
+# places in a product's table
+CODES, SIGNS, SCALE, QUADS, GROUPS, COLS, SOURCE = range(7)
 
 
 @njit(cache=True, nogil=True)
-def _fill_all(kernel, q, table, tables):
-    """The tables of all activations, four by four."""
-    quads = _patterns(kernel, table)
-    for i in range(q.size // 4):
-        _fill(kernel, tables, i * _table_bytes(kernel), quads, simd.broadcast4(q, 4 * i))
-
-
-@njit(cache=True, nogil=True)
-def _multiply(kernel, codes, signs, scale, groups, cols, tables, sums, factors, out, counter, share):
+def _multiply(kernel, tiles, x, room, memory, out, counter, share):
     """Multiply groups of rows, `share` at a time, as long as there are any that nobody has claimed.
 
-    sums, factors : (batch, blocks); out : (batch, rows)
+    What is multiplied next is claimed before, so that its codes are asked for in time.
+
+    tiles, room : addresses of tables, of a product and of `Room.table`
+    x, out : (batch, cols) and (batch, rows) float32
+    memory : address, for the tables of sums
+    counter : (1,) int64
     """
-    batch, blocks = factors.shape
+    codes, signs = array_at(tiles, CODES, np.uint8), array_at(tiles, SIGNS, np.uint8)
+    scale, groups, cols = array_at(tiles, SCALE, np.uint8), number_at(tiles, GROUPS), number_at(tiles, COLS)
+    q, sums = array_at(room, activations.STEPS, np.int8), array_at(room, activations.SUMS, np.int32)
+    factors, batch, quads = array_at(room, activations.SCALE, np.float32), out.shape[0], cols // 4
+    tables = array_of(memory, batch * quads * _table_bytes(kernel), np.uint8)
+    blocks = (cols + _block(kernel) - 1) // _block(kernel)
     columns = 4 * _quads(kernel)  # of a piece
-    pieces, scales = cols // columns, 1 if _per_row(kernel) else blocks
-    while True:
-        first = claim(counter, share)
-        if first >= groups:
-            return
-        stop = min(first + share, groups)
-        for group in range(first, stop, _together(kernel)):
-            second = min(group + _together(kernel), stop) - 1  # one that is left over is its own neighbour
+    row = cols // columns * _code_bytes(kernel)  # bytes of a group's codes, and then of its scales
+    scales = _scale_bytes(kernel) if _per_row(kernel) else blocks * _scale_bytes(kernel)
+    following = claim(counter, share)
+    if following >= groups:
+        return
+    _fill_room(number_at(tiles, SOURCE), x, 0, 1, room)
+    patterns = _patterns(kernel, array_at(tiles, QUADS, np.uint8))
+    for i in range(batch * quads):
+        _fill(kernel, tables, i * _table_bytes(kernel), patterns, simd.broadcast4(q, 4 * i))
+    while following < groups:
+        group, stop = following, min(following + share, groups)
+        following = claim(counter, share)
+        while group < stop:
+            # of groups that are too few to be multiplied together, each is multiplied as if it were all of them
+            many = _together(kernel) if group + _together(kernel) <= stop else 1
+            apart = many // _together(kernel)
+            after = group + many if group + many < stop else following
             for m in range(batch):
-                at, other = group * pieces * _code_bytes(kernel), second * pieces * _code_bytes(kernel)
-                signs_at, to = group * pieces * _sign_bytes(kernel), m * cols // 4 * _table_bytes(kernel)
-                scale_at, scale_other = group * scales, second * scales
+                further = after - group if m == batch - 1 else 0  # groups, from these to what is read then
+                at, scale_at, to = group * row, group * scales, m * quads * _table_bytes(kernel)
+                last = at + row - _ahead(kernel)
                 acc = _zeros(kernel)
                 for b in range(blocks):
-                    dots = _start(kernel, sums[m, b])
+                    dots = _start(kernel, sums[m * blocks + b])
                     count = min(_block(kernel), cols - b * _block(kernel)) // columns
                     for _piece in range(count):
-                        dots = _add(kernel, dots, codes, at, other, signs, signs_at, tables, to)
+                        ahead = _ahead(kernel) if at < last else _ahead(kernel) + (further - 1) * row
+                        dots = _add(kernel, dots, codes, at, apart * row, ahead, signs, tables, to)
                         at += _code_bytes(kernel)
-                        other += _code_bytes(kernel)
-                        signs_at += _sign_bytes(kernel)
                         to += _quads(kernel) * _table_bytes(kernel)
-                    here, there = scale_at * _scale_bytes(kernel), scale_other * _scale_bytes(kernel)
-                    acc = _finish(kernel, acc, dots, count, factors[m, b], scale, here, there)
+                    # fmt: off
+                    acc = _finish(
+                        kernel, acc, dots, count, factors[m * blocks + b],
+                        scale, scale_at, apart * scales, further * scales,
+                    )
+                    # fmt: on
                     if not _per_row(kernel):
-                        scale_at += 1
-                        scale_other += 1
-                row = m * out.shape[1]
-                _store(kernel, acc, out, 4 * (row + group * ROWS), 4 * (row + second * ROWS))
+                        scale_at += _scale_bytes(kernel)
+                _store(kernel, acc, out, 4 * (m * out.shape[1] + group * ROWS), apart * 4 * ROWS)
+            group += many
 
 
 # ---------------------------------------------------------------- the door
 
 
-def multiply(tiles: Tiles, x: Activations, out: npt.NDArray[np.float32]) -> None:
-    """Fill out (batch, 32 * groups) float32 with the products, on all threads where there is much to do.
+class Product:
+    """Tiles and the order of their columns, looked at once, for many products.
 
-    The tables of some rows of activations are written first: 16 or 8 times as many bytes as there are columns.
-
-    Raises
-    ------
-    LayoutError
-        If an array's dtype or shape is not what the tiles need.
-    """
-    check(tiles, x, out)
-    rows = max(1, TABLES // max(1, tiles.cols // 4 * FORMS[tiles.how.form].table))
-    if len(out) <= rows:
-        return _multiply_few(tiles, x, out)
-    for first in range(0, len(out), rows):
-        few = slice(first, first + rows)
-        _multiply_few(tiles, Activations(x.q[few], x.sums[few], x.scale[few]), out[few])
-
-
-def check(tiles: Tiles, x: Activations, out: npt.NDArray[np.float32]) -> None:
-    """Refuse arrays beyond which a kernel would read or write.
+    order : of the tiles' columns and blocks
+    unit : what a whole number of sums counts
 
     Raises
     ------
     LayoutError
-        If an array's dtype or shape is not what the tiles need.
+        If there is no kernel for the tiling, an array's dtype or shape is not what the tiles need, or the order is
+        of other columns or blocks.
     """
-    how, form = tiles.how, FORMS[tiles.how.form]
+
+    def __init__(self, tiles: Tiles, order: Order, unit: float = 1.0) -> None:
+        check_tiles(tiles)
+        check_order(order, tiles.cols, tiles.how.block)
+        how, source = tiles.how, activations.source(order, unit)
+        self.tiles, self.order = tiles, order
+        self._table = Table(tiles.codes, tiles.signs, tiles.scale, tiles.table, tiles.groups, tiles.cols, source)
+        self._nbytes = tiles.cols // 4 * FORMS[how.form].table  # of tables, for a row of activations
+        self._rooms = activations.rooms(order)
+        self._multiply = partial(_compiled(_kernel(how)._numba_type_), _kernel(how))
+
+    def __call__(self, x: Floats, out: Floats) -> None:
+        """Multiply every row of activations with every row of weights, on all threads where there is much to do.
+
+        Every result is the same whatever the batch is, and however many threads there are.
+
+        Parameters
+        ----------
+        x : (batch, cols) float32, C-contiguous, of as many columns as the order brings in another
+        out : (batch, 32 * groups) float32, C-contiguous, which is overwritten
+
+        Raises
+        ------
+        LayoutError
+            If x or `out` is another array.
+        """
+        check_floats(x, out, self.order.cols, ROWS * self.tiles.groups)
+        if not out.size:
+            return
+        most = max(1, TABLES // max(1, self._nbytes))
+        if len(x) <= most:
+            return self._few(x, out)
+        for first in range(0, len(x), most):
+            self._few(x[first : first + most], out[first : first + most])
+
+    def _few(self, x: Floats, out: Floats) -> None:
+        """The product of rows whose tables are there at once. Each thread writes its own, and so waits for no other."""
+        work, together = self.tiles.codes.nbytes * len(x), FORMS[self.tiles.how.form].together
+        helpers = threads.helpers(work // LEAST)
+        share = max(1, SHARE * self.tiles.groups // (together * work)) * together if helpers else self.tiles.groups
+        counter = np.zeros(1, np.int64)
+
+        def some() -> None:
+            room = self._rooms.take(len(x))
+            memory = _memory(len(x) * self._nbytes)
+            self._multiply(self._table.address, x, room.table.address, memory, out, counter, share)
+            self._rooms.give(room)
+
+        threads.helped(some, helpers)
+
+
+def check_tiles(tiles: Tiles) -> None:
+    """Refuse tiles of which a kernel would read what is not theirs.
+
+    Raises
+    ------
+    LayoutError
+        If there is no kernel for the tiling, or an array's dtype or shape is not what the tiles need.
+    """
+    how = tiles.how
+    check_one("table", tiles.table, U8, (128,))
+    if not fits(how, tiles.table):
+        raise LayoutError(f"{how}: no kernel is made for this tiling and its quads; `fits` says for which one is")
+    form = FORMS[how.form]
     pieces, left = divmod(tiles.cols, 4 * form.quads)
     if left or not (how.per_row or tiles.cols % how.block == 0):
         raise LayoutError(f"{tiles.cols} columns, needs whole pieces of {4 * form.quads}, and blocks of {how.block}")
-    batch, blocks = len(x.q), -(-tiles.cols // how.block)
-    scales = tiles.groups * ROWS * (1 if how.per_row else blocks)
-    wanted: dict[str, tuple[npt.NDArray[Any], type, tuple[int, ...]]] = {
-        "codes": (tiles.codes, np.uint8, (tiles.groups * pieces * form.codes,)),
-        "signs": (tiles.signs, np.uint8, (tiles.groups * pieces * form.signs,)),
-        "scale": (tiles.scale, np.uint8, (scales * SCALES[how.scale],)),
-        "table": (tiles.table, np.uint8, (128,)),
-        "q": (x.q, np.int8, (batch, tiles.cols)),
-        "sums": (x.sums, np.int32, (batch, blocks)),
-        "scale of activations": (x.scale, np.float32, (batch, blocks)),
-        "out": (out, np.float32, (batch, ROWS * tiles.groups)),
-    }
-    for name, (array, dtype, shape) in wanted.items():
-        check_one(name, array, np.dtype(dtype), shape)
-
-
-def _multiply_few(tiles: Tiles, x: Activations, out: npt.NDArray[np.float32]) -> None:
-    """`multiply`, with the tables of all rows of activations at once."""
-    kernel = _kernel(tiles.how)
-    tables = _room(x.q.size // 4 * FORMS[tiles.how.form].table)
-    _fill_all(kernel, x.q.reshape(-1), tiles.table, tables)
-    work = tiles.codes.nbytes * len(out)
-    share = max(2, SHARE * tiles.groups // max(1, work) // 2 * 2)
-    counter = np.zeros(1, np.int64)
-
-    def some() -> None:
-        _multiply(
-            kernel, tiles.codes, tiles.signs, tiles.scale, tiles.groups, tiles.cols,
-            tables, x.sums, x.scale, out, counter, share,
-        )  # fmt: skip
-
-    if work < 2 * LEAST:
-        return some()
-    threads.share(some, work // LEAST)
+    scales = tiles.groups * ROWS * (1 if how.per_row else tiles.cols // how.block)
+    check_one("codes", tiles.codes, U8, (tiles.groups * pieces * form.codes,))
+    check_one("signs", tiles.signs, U8, (tiles.groups * pieces * form.signs,))
+    check_one("scale", tiles.scale, U8, (scales * SCALES[how.scale],))
 
 
 @cache
@@ -443,12 +520,24 @@ def _kernel(how: Tiling) -> Kernel:
     return Kernel(how)
 
 
-_here = threading.local()
+@cache
+def _compiled(kernel: KernelType) -> Callable[..., None]:
+    i64, floats = types.int64, types.Array(types.float32, 2, "C")
+    return entry(_multiply, kernel, i64, floats, i64, i64, floats, types.Array(i64, 1, "C"), i64)
 
 
-def _room(nbytes: int) -> Bytes:
-    """Memory for tables, the same from one product of a thread to the next: new memory costs more than filling it."""
-    room: Bytes | None = getattr(_here, "room", None)
-    if room is None or room.nbytes < nbytes:
-        room = _here.room = pages.empty(nbytes)
-    return room[:nbytes]
+class _Here(threading.local):
+    """A thread's memory for tables, the same from one product to the next: new memory costs more than filling it."""
+
+    room, address = pages.empty(0), 0
+
+
+_here = _Here()
+
+
+def _memory(nbytes: int) -> int:
+    """The address of so many bytes, which are this thread's until it asks again."""
+    if _here.room.nbytes < nbytes:
+        _here.room = pages.empty(nbytes)
+        _here.address = _here.room.ctypes.data
+    return _here.address

@@ -10,8 +10,8 @@ import operator
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any
@@ -57,7 +57,7 @@ class _Task:
 
 
 def count() -> int:
-    """Threads to use: those of `limit`, of PACKFMT_THREADS, or the processors this process may run on.
+    """Threads to use: those of `limit`, of PACKFMT_THREADS, or the processors that there were at first.
 
     Raises
     ------
@@ -70,13 +70,16 @@ def count() -> int:
         if not asked.isdecimal() or not 1 <= len(asked) <= 3 or not 1 <= int(asked) <= MOST:
             raise PackfmtError(f"PACKFMT_THREADS is {asked!r}, needs a whole number of 1 to {MOST}")
         return int(asked)
-    if hasattr(os, "sched_getaffinity"):
-        return min(MOST, len(os.sched_getaffinity(0)))
-    return min(MOST, os.cpu_count() or 1)
+    return min(MOST, _processors())
 
 
-@contextmanager
-def limit(threads: int | None) -> Iterator[None]:
+@cache
+def _processors() -> int:
+    """Those that this process may run on; to ask takes as long as a small product."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class limit:
     """What this thread calls inside uses so many threads, whatever PACKFMT_THREADS says; None: as before.
 
     Raises
@@ -84,12 +87,16 @@ def limit(threads: int | None) -> Iterator[None]:
     PackfmtError
         If `threads` is not a whole number of 1 to 256.
     """
-    before = getattr(_here, "limit", 0)
-    _here.limit = before if threads is None else _checked(threads)
-    try:
-        yield
-    finally:
-        _here.limit = before
+
+    def __init__(self, threads: int | None) -> None:
+        self._limit = 0 if threads is None else _checked(threads)
+
+    def __enter__(self) -> None:
+        self._before = getattr(_here, "limit", 0)
+        _here.limit = self._limit or self._before
+
+    def __exit__(self, *_: object) -> None:
+        _here.limit = self._before
 
 
 def share(work: Callable[[], None], most: int) -> None:
@@ -98,13 +105,20 @@ def share(work: Callable[[], None], most: int) -> None:
     The caller's own call must do all there is if no other begins: work claims its items one by one. Work within
     work is called once, by the thread that asks. Returns when all calls have, or then raises what one raised.
     """
-    if most < 2 or getattr(_here, "busy", False):
+    helped(work, helpers(most))
+
+
+def helpers(most: int) -> int:
+    """How many threads help this one, if at most so many are worth it together."""
+    return 0 if most < 2 or getattr(_here, "busy", False) else min(count(), most) - 1
+
+
+def helped(work: Callable[[], None], others: int) -> None:
+    """`share` with at most so many threads beside the caller's: what `helpers` gives."""
+    if not others:
         return work()
-    helpers = min(count(), most) - 1
-    if helpers < 1:
-        return work()
-    task = _Task(work, helpers)
-    _have(helpers)
+    task = _Task(work, others)
+    _have(others)
     if _waiting.qsize() < MOST:  # else all helpers are busy, or there are none, and tasks would pile up
         _waiting.put(task)
     error = _alone(work)
@@ -186,6 +200,7 @@ def _renew() -> None:
     """A forked process inherits no threads but its own, which has no part in what the others do."""
     global _waiting, _starting, _started
     _here.busy = False
+    _processors.cache_clear()
     _waiting, _starting, _started = SimpleQueue(), threading.Lock(), 0
 
 

@@ -2,6 +2,10 @@
 
 A `Kernel` is an argument without content: its Numba type holds the form. A `part` is an intrinsic that gets the form
 and a `Writer`, and writes instructions by the names that `simd` has for them; loops of Python are unrolled so.
+
+What does not change from call to call is bound once: arrays stand in a `Table`, of which compiled code gets the
+address, and `entry` is the compiled function without the look at its arguments' types. Such a call costs a
+microsecond, even where nothing of Python is in the cache.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
+from numba.np.arrayobj import populate_array
 
 from packfmt.kernels import simd
 
@@ -45,6 +51,104 @@ register_model(KernelType)(models.OpaqueModel)
 @unbox(KernelType)
 def _unbox(kind: KernelType, value: Any, c: Any) -> NativeValue:
     return NativeValue(c.context.get_dummy_value())
+
+
+# ---------------------------------------------------------------- what is bound once
+
+
+class Table:
+    """Arrays and whole numbers, for compiled code to read at `address`; they live as long as the table.
+
+    values : C-contiguous arrays, of which place and size are kept (`array_at`); whole numbers, or tables, of which
+        the address is one (`number_at`)
+    """
+
+    def __init__(self, *values: npt.NDArray[Any] | int | Table) -> None:
+        pairs = [
+            (v.ctypes.data, v.size) if isinstance(v, np.ndarray) else (v.address if isinstance(v, Table) else v, 0)
+            for v in values
+        ]
+        self.kept = np.array(pairs, np.int64), values
+        self.address: int = self.kept[0].ctypes.data
+
+
+def entry(function: Any, *kinds: types.Type) -> Callable[..., None]:
+    """The compiled function for arguments of exactly these types.
+
+    It does not look at their types again: arrays' dtypes, numbers of axes and contiguity are for the door to check.
+    """
+    return function.compile(kinds)
+
+
+def address_of(function: Any, *kinds: types.Type) -> int:
+    """Where a function lies that is compiled for arguments of these types: for `call_at`, as long as it lives."""
+    entry(function, *kinds)
+    made = function.overloads[kinds]
+    return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
+
+
+@intrinsic
+def call_at(typing, address, arguments):
+    """Call what `address_of` gave, with a tuple of arguments: it need not be compiled with each of its callers."""
+    kinds = [types.unliteral(kind) for kind in arguments.types]
+
+    def code(context, builder, signature, args):
+        function = builder.inttoptr(args[0], context.call_conv.get_function_type(types.none, kinds).as_pointer())
+        values = cgutils.unpack_tuple(builder, args[1])
+        context.call_conv.call_function(builder, function, types.none, kinds, values)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.Tuple(kinds)), code
+
+
+def _read(builder: Any, table: Any, which: Any, half: int) -> Any:
+    """One half of a pair of numbers at an address."""
+    pairs = builder.inttoptr(table, ir.ArrayType(INDEX, 2).as_pointer())
+    return builder.load(builder.gep(pairs, [which, ir.Constant(INDEX, half)]))
+
+
+def _array(context: Any, builder: Any, kind: types.Array, address: Any, size: Any) -> Any:
+    item = context.get_value_type(kind.dtype)
+    array, each = context.make_array(kind)(context, builder), ir.Constant(INDEX, context.get_abi_sizeof(item))
+    data = builder.inttoptr(address, item.as_pointer())
+    populate_array(array, data=data, shape=[size], strides=[each], itemsize=each, meminfo=None)
+    return array._getvalue()
+
+
+@intrinsic
+def array_of(typing, address, size, kind):
+    """The array of so many numbers that begins at an address; kind : their class of NumPy"""
+    gives = types.Array(kind.dtype, 1, "C")
+
+    def code(context, builder, signature, args):
+        return _array(context, builder, gives, *args[:2])
+
+    return gives(types.int64, types.int64, kind), code
+
+
+@intrinsic
+def array_at(typing, table, which, kind):
+    """An array of a `Table`; kind : its numbers' class of NumPy"""
+    gives = types.Array(kind.dtype, 1, "C")
+
+    def code(context, builder, signature, args):
+        pair = (_read(builder, *args[:2], half) for half in range(2))
+        return _array(context, builder, gives, *pair)
+
+    return gives(types.int64, types.int64, kind), code
+
+
+@intrinsic
+def number_at(typing, table, which):
+    """A number of a `Table`."""
+
+    def code(context, builder, signature, args):
+        return _read(builder, *args, 0)
+
+    return types.int64(types.int64, types.int64), code
+
+
+# ---------------------------------------------------------------- what is written out
 
 
 class Typed(NamedTuple):

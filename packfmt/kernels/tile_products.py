@@ -14,8 +14,10 @@ so the bits do not depend on the batch's division, on threads, or on the machine
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -24,9 +26,22 @@ from llvmlite import ir
 from numba import njit, types
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import simd, threads
-from packfmt.kernels.simd import claim, load_ints16, store, xor, zero_ints
-from packfmt.kernels.tile_code import Kernel, Typed, Writer, known, part
+from packfmt.kernels import activations, simd, threads
+from packfmt.kernels.activations import Order, Room, _fill_room
+from packfmt.kernels.simd import claim, load_ints16, prefetch, store, xor, zero_ints
+from packfmt.kernels.tile_code import (
+    Kernel,
+    KernelType,
+    Table,
+    Typed,
+    Writer,
+    array_at,
+    array_of,
+    entry,
+    known,
+    number_at,
+    part,
+)
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -40,6 +55,7 @@ AHEAD = 4096  # bytes; what will be read after so many is asked for
 CLAIMS: Final = 32  # parts of the work that threads claim, one by one: a late thread just takes fewer
 LEAST: Final = 1 << 18  # bytes of codes, or as much work with a batch, that are worth another thread's while
 NO_TABLE: Final = np.zeros(128, np.uint8)
+VERSION: Final = sha256(Path(activations.__file__).read_bytes()).hexdigest()[:12]  # Numba sees no edit of it
 INT: Final = ir.IntType(32)
 
 
@@ -151,6 +167,7 @@ class Form(NamedTuple):
     narrow: bool
     exponent: int
     nan: bool
+    version: str = VERSION
 
     @property
     def chunk(self) -> int:
@@ -347,44 +364,38 @@ def _store(write, form, acc, out, at, stride, count):
 
 # ---------------------------------------------------------------- the kernel
 
+# places in a product's table
+CODES, HIGH, SCALE, ZERO, WHOLE, TABLE, BIAS, GROUPS, COLS, BLOCKS, SOURCE = range(11)
+
 
 @njit(cache=True, nogil=True)
-def _multiply(
-    kernel,
-    codes,
-    high,
-    scale,
-    zero,
-    whole,
-    table,
-    bias,
-    groups,
-    cols,
-    blocks,
-    batch,
-    q,
-    sums,
-    factors,
-    out,
-    counter,
-    at_once,
-):
+def _multiply(kernel, tiles, x, start, room, out, counter, at_once):
     """Multiply groups of rows, so many at once, as long as there are any that nobody has claimed.
 
-    Rows of the batch that are multiplied together make a part of it, and lie side by side:
-    q : four int8 of each row, for each four columns of each part
-    sums, factors : one of each row, for each block of each part
+    Rows of the batch that are multiplied together make a part of it, and lie side by side.
+
+    tiles, room : addresses of tables, of a product and of `Room.table`
+    x : (batch, cols) float32, of which rows `start` and on are not in the room yet
+    out : (batch, 16 * groups) float32
+    counter : address of an int64, or 0 where nobody else takes part and all groups are multiplied at once
     """
-    width = _batch(kernel)
+    codes, high = array_at(tiles, CODES, np.uint8), array_at(tiles, HIGH, np.uint8)
+    scale, zero = array_at(tiles, SCALE, np.uint8), array_at(tiles, ZERO, np.uint8)
+    whole, bias = array_at(tiles, WHOLE, np.float32), number_at(tiles, BIAS)
+    groups, cols, blocks = number_at(tiles, GROUPS), number_at(tiles, COLS), number_at(tiles, BLOCKS)
+    q, sums = array_at(room, activations.STEPS, np.int8), array_at(room, activations.SUMS, np.int32)
+    factors, batch, width = array_at(room, activations.SCALE, np.float32), out.shape[0], _batch(kernel)
     parts = (batch + width - 1) // width
     pieces = cols // _chunk(kernel)  # of a row of a plane
     scales = _planes(kernel) if _per_row(kernel) else _planes(kernel) * blocks  # of a row
     stride = 4 * ROWS * groups
-    tables = load_tables(kernel, table)
-    while True:
-        claimed = claim(counter, at_once)
-        if claimed >= groups:
-            return
+    tables = load_tables(kernel, array_at(tiles, TABLE, np.uint8))
+    claimed = claim(array_of(counter, 1, np.int64), at_once) if counter else 0
+    if claimed < groups:
+        for at in range(0, AHEAD, VECTOR):
+            prefetch(codes, claimed * pieces * _planes(kernel) * _code_bytes(kernel) + at)
+        _fill_room(number_at(tiles, SOURCE), x, start, width, room)
+    while claimed < groups:
         for group in range(claimed, min(claimed + at_once, groups)):
             for one in range(parts):
                 at = group * pieces * _planes(kernel) * _code_bytes(kernel)
@@ -413,11 +424,13 @@ def _multiply(
                         # fmt: on
                         scale_at += 1
                 _store(kernel, acc, out, one * width * stride + group * 4 * ROWS, stride, batch - one * width)
+        claimed = claim(array_of(counter, 1, np.int64), at_once) if counter else groups
 
 
 @njit(cache=True, nogil=True)
-def _read(buffer, size, out):
-    """The bytes' exclusive or, lane by lane of a vector; size is a multiple of eight vectors."""
+def _read(address, size, out):
+    """The exclusive or of so many bytes, lane by lane of a vector; size is a multiple of eight vectors."""
+    buffer = array_of(address, size, np.uint8)
     a = b = c = d = zero_ints()
     for at in range(0, size, 8 * VECTOR):
         a = xor(xor(a, load_ints16(buffer, at)), load_ints16(buffer, at + 4 * VECTOR))
@@ -430,74 +443,88 @@ def _read(buffer, size, out):
 # ---------------------------------------------------------------- the doors
 
 
-def multiply(tiles: Tiles, x: Activations, out: Floats) -> None:
-    """Multiply every row of activations with every row of weights: `Product`, for one product."""
-    Product(tiles)(x, out)
-
-
 class Product:
-    """Tiles that were looked at once, for many products.
+    """Tiles and the order of their columns, looked at once, for many products.
 
-    After megabytes of weights nothing of Python is in the cache: what need not be done for each product matters.
+    After megabytes of weights nothing of Python is in the cache, and every line of it costs a microsecond. So a
+    product of one thread is one call of a compiled function, with addresses that are known.
+
+    order : of the tiles' columns and blocks
+    unit : what a whole number of `Tiles.bias` counts
 
     Raises
     ------
     LayoutError
-        If there is no kernel for the tiling, or an array's dtype or shape is not what the tiles need.
+        If there is no kernel for the tiling, an array's dtype or shape is not what the tiles need, or the order is
+        of other columns or blocks.
     """
 
-    def __init__(self, tiles: Tiles) -> None:
+    def __init__(self, tiles: Tiles, order: Order, unit: float = 1.0) -> None:
         check_tiles(tiles)
-        self.tiles = tiles
-        weights = (tiles.codes, tiles.high, tiles.scale, tiles.zero, tiles.whole, tiles.table)
-        self.codes, self.high, self.scale, self.zero, self.whole, self.table = map(_of_one_type, weights)
-        if not len(self.table):
-            self.table = NO_TABLE
-        self.blocks = -(-tiles.cols // tiles.how.block)
-        self.nbytes = tiles.codes.nbytes + tiles.high.nbytes
-        self.kernels: dict[int, Kernel] = {}
+        check_order(order, tiles.cols, tiles.how.block)
+        self.tiles, self.order, self.unit = tiles, order, unit
+        weights = (tiles.codes, tiles.high, tiles.scale, tiles.zero, tiles.whole)
+        table = tiles.table if len(tiles.table) else NO_TABLE
+        numbers = (tiles.bias, tiles.groups, tiles.cols, len(order.ends))
+        self._table = Table(*weights, table, *numbers, activations.source(order, unit))
+        self._nbytes = tiles.codes.nbytes + tiles.high.nbytes
+        self._rooms = activations.rooms(order)
+        self._ways: dict[int, Callable[..., None]] = {}
 
-    def __call__(self, x: Activations, out: Floats) -> None:
+    def __call__(self, x: Floats, out: Floats) -> None:
         """Multiply every row of activations with every row of weights, on all threads where there is work for them.
 
         Every result is the same whatever the batch is, and however many threads there are.
 
         Parameters
         ----------
-        x : as many columns, and blocks of them, as the tiles have
+        x : (batch, cols) float32, C-contiguous, of as many columns as the order brings in another
         out : (batch, 16 * groups) float32, C-contiguous, which is overwritten
 
         Raises
         ------
         LayoutError
-            If an array's dtype or shape is not what the tiles need.
+            If x or `out` is another array.
         """
-        tiles, batch = self.tiles, len(x.q)
-        check_activations(tiles, x, out)
+        check_floats(x, out, self.order.cols, ROWS * self.tiles.groups)
         if not out.size:
             return
-        parts = -(-batch // BATCHES[-1])
-        width = next(b for b in BATCHES if b * parts >= batch)
-        kernel = self.kernels.get(width) or self.kernels.setdefault(width, _kernel(_form(tiles, width)))
-        q, sums, factors = map(_of_one_type, x)
-        if width > 1:
-            q, sums, factors = (_side_by_side(a, parts, width) for a in (q.view(I32), sums, factors))
-        work = self.nbytes * -(-batch // 4)  # as if of so many bytes
-        at_once = max(1, tiles.groups // CLAIMS)
-        counter = np.zeros(1, np.int64)
-
-        def call() -> None:
-            # fmt: off
-            _multiply(
-                kernel, self.codes, self.high, self.scale, self.zero, self.whole, self.table, tiles.bias,
-                tiles.groups, tiles.cols, self.blocks, batch, q, sums, factors, out, counter, at_once,
-            )
-            # fmt: on
-
-        if work < LEAST:
-            call()
+        batch = len(x)
+        parts, width = (1, 1) if batch == 1 else _division(batch)
+        multiply = self._ways.get(width) or self._way(width)
+        helpers = threads.helpers(self._nbytes * -(-batch // 4) // LEAST + 1)  # as if of so many bytes
+        room = self._rooms.take(parts * width)
+        if helpers:
+            self._share(helpers, multiply, room, x, width, out)
         else:
-            threads.share(call, work // LEAST + 1)
+            multiply(self._table.address, x, 0, room.table.address, out, 0, self.tiles.groups)
+        self._rooms.give(room)
+
+    def _share(
+        self, helpers: int, multiply: Callable[..., None], shared: Room, x: Floats, width: int, out: Floats
+    ) -> None:
+        """Few activations are made whole numbers by each thread for itself, so that no thread waits for another."""
+        table, at_once = self._table.address, max(1, self.tiles.groups // CLAIMS)
+        shared.counter[0] = 0
+
+        def in_one_room() -> None:
+            multiply(table, x, len(x), shared.table.address, out, shared.count, at_once)
+
+        def in_its_own() -> None:
+            room = self._rooms.take(shared.rows)
+            multiply(table, x, 0, room.table.address, out, shared.count, at_once)
+            self._rooms.give(room)
+
+        if x.size < 2 * activations.LEAST_NUMBERS:
+            return threads.helped(in_its_own, helpers)
+        activations.fill(x, self.order, self.unit, width, shared.table)
+        threads.helped(in_one_room, helpers)
+
+    def _way(self, width: int) -> Callable[..., None]:
+        """`_multiply`, compiled for parts of so many rows."""
+        kernel = Kernel(_form(self.tiles, width))
+        self._ways[width] = partial(_compiled(kernel._numba_type_), kernel)
+        return self._ways[width]
 
 
 def read(buffer: Bytes) -> int:
@@ -511,7 +538,7 @@ def read(buffer: Bytes) -> int:
         rest = buffer
     else:
         found = np.empty(VECTOR, np.uint8)
-        _read(_of_one_type(buffer), whole, found)
+        _read(buffer.ctypes.data, whole, found)
         rest = np.concatenate([found, rest])
     return int(np.bitwise_xor.reduce(rest))
 
@@ -530,29 +557,15 @@ def _form(tiles: Tiles, batch: int) -> Form:
 
 
 @cache
-def _kernel(form: Form) -> Kernel:
-    return Kernel(form)
+def _compiled(kernel: KernelType) -> Callable[..., None]:
+    floats = types.Array(types.float32, 2, "C")
+    return entry(_multiply, kernel, I64, floats, I64, I64, floats, I64, I64)
 
 
-class _Alias:
-    """An array's memory as if it might be written."""
-
-    def __init__(self, array: npt.NDArray[Any]) -> None:
-        self.kept = array
-        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
-
-
-def _of_one_type(array: Any) -> npt.NDArray[Any]:
-    """A mapped file is of another type for Numba, would need another kernel, and is slow to tell; kernels only read."""
-    return array if array.flags.writeable else np.asarray(_Alias(array))
-
-
-def _side_by_side(values: npt.NDArray[Any], parts: int, width: int) -> npt.NDArray[Any]:
-    """(batch, n) -> (parts, n, width): what belongs to rows that are multiplied together; missing rows are zero."""
-    batch, n = values.shape
-    if batch < parts * width:
-        values = np.concatenate([values, np.zeros((parts * width - batch, n), values.dtype)])
-    return np.ascontiguousarray(values.reshape(parts, width, n).transpose(0, 2, 1))
+def _division(batch: int) -> tuple[int, int]:
+    """How many parts, of how many rows each."""
+    parts = -(-batch // BATCHES[-1])
+    return parts, next(b for b in BATCHES if b * parts >= batch)
 
 
 @cache
@@ -582,6 +595,7 @@ def _needs(how: Tiling, groups: int, cols: int) -> tuple[int, ...]:
 
 
 F32, U8, I8, I32 = (np.dtype(name) for name in ("<f4", "u1", "i1", "<i4"))
+I64: Final = types.int64
 PARTS: Final = ("codes", "high", "scale", "zero", "whole", "table")
 
 
@@ -598,6 +612,37 @@ def check_tiles(tiles: Tiles) -> None:
     sizes = (*sizes, len(NO_TABLE) if len(tiles.table) else 0)[: len(PARTS)]
     for name, array, size in zip(PARTS, weights, sizes, strict=True):
         check_one(name, array, F32 if name == "whole" else U8, (size,))
+
+
+def check_order(order: Order, cols: int, block: int) -> None:
+    """Refuse an order that is of other stored columns than tiles are, or of other blocks.
+
+    Raises
+    ------
+    LayoutError
+        If it is.
+    """
+    blocks = -(-cols // block)
+    if order.stored != cols or len(order.ends) != blocks or (order.ends[:-1] != block * np.arange(1, blocks)).any():
+        found = f"{order.stored} columns in {len(order.ends)} blocks"
+        raise LayoutError(f"order of {found}, needs {cols} columns in blocks of {block}")
+
+
+def check_floats(x: Floats, out: Floats, cols: int, rows: int) -> None:
+    """Refuse activations that have not so many columns, and results that are not of as many rows.
+
+    Raises
+    ------
+    LayoutError
+        If an array's dtype or shape is another, or `out` may not be written.
+    """
+    good = x.dtype is F32 and out.dtype is F32 and x.ndim == 2 and x.shape[1] == cols and out.shape == (len(x), rows)
+    if good and x.flags.c_contiguous and out.flags.carray:
+        return
+    check_one("x", x, F32, (*x.shape[:1], cols))
+    check_one("out", out, F32, (len(x), rows))
+    if not out.flags.writeable:
+        raise LayoutError("out may not be written; give an array of your own")
 
 
 def check_activations(tiles: Tiles, x: Activations, out: Floats) -> None:
