@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -177,6 +178,7 @@ def respelled_bytes(source: Layout, target: Layout, shape: tuple[int, ...]) -> i
     return respelling.held(source, target, matrix(shape))
 
 
+@lru_cache(maxsize=1024)
 def encoding_bytes(layout: Layout, shape: tuple[int, ...], lossless: bool = False) -> int:
     """Bytes that encoding a tensor holds at most beside its source and result: float32, codes, what lies between."""
     if dense_dtype(layout):
@@ -350,6 +352,7 @@ def is_float(dtype: str) -> bool:
     return dtype.startswith(("bfloat", "float"))
 
 
+@lru_cache(maxsize=1024)
 def dense_dtype(layout: Layout) -> str:
     """The name of a dense layout's dtype, as ml_dtypes or NumPy has it; empty if the layout packs."""
     if DENSE.get(layout.name) != layout:

@@ -211,7 +211,7 @@ class Layout:
     @property
     def id(self) -> str:
         """SHA-256 of `canonical`, in hexadecimal."""
-        return hashlib.sha256(self.canonical.encode()).hexdigest()
+        return _id(self)
 
     def fit(self, rows: int, cols: int) -> Fitted:
         """Resolve every size for a weight of (rows, cols) and prove the placement a bijection.
@@ -559,6 +559,11 @@ def _assemble(where: str, pieces: list[tuple[int, Part]]) -> Part:
     if first.levels > 1 << top:
         raise LayoutError(f"{where}: {first.levels} levels in {top} bits")
     return replace(first, dtype=WORDS[max(0, (top - 1).bit_length() - 3)], bits=top)
+
+
+@lru_cache(maxsize=1024)
+def _id(layout: Layout) -> str:
+    return hashlib.sha256(layout.canonical.encode()).hexdigest()
 
 
 @lru_cache(maxsize=1024)

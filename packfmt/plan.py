@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -266,7 +267,7 @@ def _step(
         target, reason = recipe.fallback, f"--fallback, as {have} {noun} do not fill {target}"
     layout = _layout(info, target, shelf)
     layout.fit(*matrix(info.shape))  # the fallback may not fit either
-    Layout.from_json(layout.to_json())  # what a reader could not take back is not written
+    _check_readable(layout)
     rounded = target in shelf and recipe.encoder in shelf[target].encoders
     action = _action(info, layout, rounded)
     if action == "requantise":
@@ -283,6 +284,12 @@ def _step(
         encoder = recipe.encoder if recipe.encoder in encoders else next(iter(encoders))
     dtype, lossless = dense_dtype(layout) or info.dtype, recipe.lossless and action not in (KEEP, "repack")
     return Step(info.name, info.shape, dtype, info.layout, layout, action, reason, encoder, "", lossless)
+
+
+@lru_cache(maxsize=1024)
+def _check_readable(layout: Layout) -> None:
+    """Refuse to write what a reader could not take back."""
+    Layout.from_json(layout.to_json())
 
 
 def _scaled_elsewhere(info: TensorInfo, index: Mapping[str, TensorInfo]) -> str:

@@ -334,6 +334,9 @@ TILINGS = {
     "mxfp4": (PLAIN._replace(codes="table", scale="e8m0"), 1376, 12),
     "nvfp4": (PLAIN._replace(codes="table", block=16, scale="e4m3", whole="times"), 208, 12),
     "nvfp4 of ggml": (PLAIN._replace(codes="table", block=16, scale="ue4m3", whole="divides"), 64, 12),
+    "five bits, in planes": (PLAIN._replace(widths=(4, 1), planes=2), 288, 16),
+    "six bits": (PLAIN._replace(widths=(4, 2), codes="table", scale="f32"), 352, 50),
+    "three bits less a lot": (PLAIN._replace(widths=(2, 1)), 320, 300),
     "two tables of six bits": (PLAIN._replace(widths=(4, 2), codes="wide", block=96, planes=2), 192, 448),
     "three bits": (PLAIN._replace(widths=(2, 1), block=96, reciprocal=True), 576, 4),
     "signed bytes": (PLAIN._replace(widths=(8,), codes="signed", block=20), 220, 128),
@@ -411,6 +414,17 @@ def test_products_have_the_bits_of_the_slow_computation(name: str) -> None:
     with np.errstate(all="ignore"):
         tiles, x = made(how, cols, bias, 5, 24, wild=True)
         assert_same_bits(product(tiles, x), slowly(tiles, x))
+
+
+@needs_amx
+@pytest.mark.kernels
+def test_the_largest_numbers_and_activations_lose_nothing() -> None:
+    """Every product is of the largest magnitude, and all have one sign."""
+    tiles, x = made(PLAIN, 64, 256, 2, 16, wild=False)
+    tiles = tiles._replace(codes=np.zeros_like(tiles.codes))
+    x.q[:] = 127
+    x = x._replace(sums=x.q.reshape(16, 2, 32).sum(axis=2, dtype=np.int32))
+    assert_same_bits(product(tiles, x), slowly(tiles, x))
 
 
 @needs_amx

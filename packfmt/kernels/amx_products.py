@@ -8,6 +8,11 @@ TDPBSSD gives the 16 x 16 dots of a piece, which go through memory to 16 vectors
 
 Where numbers are not signed bytes, the bytes are lower by a constant, and what that makes too little is added to the
 dot: a whole number times the sum of the activations. So are zero points. Numbers of two bytes are two products.
+
+What limits it where blocks are short, as measured: storing a tile takes some 16 cycles, in which hardly anything else
+is issued; loading rows takes 8 more, columns 2 to 8, and the floats 10. Beside that, while tiles are in use, only one
+of two units multiplies floats and converts to them, which takes 48 cycles. TDPBF16PS would make conversions needless,
+but its rows and columns are twice as long, and it came out slower with blocks of 32 and more than 64 rows.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -22,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, types
 
-from packfmt.kernels import amx, simd, threads
+from packfmt.kernels import amx, pages, simd, threads
 from packfmt.kernels import tile_products as tile
 from packfmt.kernels.amx import ROW_BYTES, ROWS, instruct, place
 from packfmt.kernels.tile_code import INDEX, Kernel, Typed, Writer, known, part
@@ -32,7 +38,7 @@ DOT_TILES: Final = 4
 TILE_BYTES: Final = ROWS * ROW_BYTES
 CHUNK: Final = 512  # columns that are made bytes at a time: 8 kB, and as much of 16 rows of activations
 # columns of a block, and rows of activations from which on this way was found to be faster
-LEAST: Final = {128: 16, 64: 32, 32: 48, 0: 128}
+LEAST: Final = {128: 16, 32: 32, 16: 48, 0: 128}
 SOURCES: Final = (__file__, amx.__file__, tile.__file__)  # Numba sees no edit of what a kernel imports
 VERSION: Final = sha256(b"".join(Path(name).read_bytes() for name in SOURCES)).hexdigest()[:12]
 
@@ -74,8 +80,8 @@ class Form(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Of dots at the same time: fewer where each is long in coming."""
-        return DOT_TILES if self.how.block <= ROW_BYTES else DOT_TILES // 2
+        """Of dots at the same time, of two pieces at least: fewer where each is long in coming."""
+        return DOT_TILES if self.how.block <= ROW_BYTES else 2 * self.parts
 
     @property
     def together(self) -> int:
@@ -84,7 +90,7 @@ class Form(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Columns of one tile of activations."""
+        """Bytes of a row of activations in a tile."""
         return min(self.how.block, ROW_BYTES)
 
     @property
@@ -117,7 +123,7 @@ class Room(NamedTuple):
     columns : (parts, pieces * block * 16) int8, and what a tile may read past the end
     weights : (pieces, 16) float32
     zeros : (pieces, 16) int32, what is taken off times the sum of the activations
-    dots : (2, tiles, 16, 16) int32
+    dots : (2 * parts, 16, 16) int32, of two pieces
     acc : (batch / 16, 16, 16) float32
     """
 
@@ -171,9 +177,9 @@ def _make_bytes(write, form, codes, high, index, tables, out, to, half):
         for _ in range(form.vectors(which)):
             write.prefetch(array, write.plus(at, tile.AHEAD))
         loaded.append([write.load_bytes64(array, write.plus(at, ROW_BYTES * i)) for i in range(form.vectors(which))])
-    less = write.same_byte(np.uint8(form.shift))
+    tables, less = write.unpack(tables), write.same_byte(np.uint8(form.shift))
     for step, code in enumerate(tile.steps_of(write, form, *loaded)):
-        for i, number in enumerate(tile.numbers_of(write, form, code, write.unpack(tables))):
+        for i, number in enumerate(tile.numbers_of(write, form, code, tables)):
             here = Typed(types.intp, build.add(to.value, half.value)) if i else to
             write.store(out, write.plus(here, ROW_BYTES * step), write.sub(number, less))
 
@@ -189,8 +195,13 @@ def _make_weights(write, form, scale, scale_at, zero, zero_at, whole, whole_at, 
         write.store(zeros, to, less)
 
 
-class _Ahead(NamedTuple):
-    """Where the tiles of some pieces come from: of the first block's rows, of the first piece's columns."""
+class _Sources(NamedTuple):
+    """Where the tiles of a step's pieces come from.
+
+    rows, columns : of `Batch` and `Room`, from which on bytes are counted
+    rows_at : of block 0 of these 16 rows; columns_at : of the step's first piece; half : from low bytes to high ones
+    piece : the step's first, counted from the first of the row
+    """
 
     rows: Typed
     rows_at: Typed
@@ -200,65 +211,64 @@ class _Ahead(NamedTuple):
     piece: Typed
 
 
-def _into_tile(write: Writer, form: Form, number: int, ahead: _Ahead) -> None:
-    """The dots of one part of a piece."""
+def _into_tiles(write: Writer, form: Form, t: int, step: _Sources) -> None:
+    """The dots of piece t of a step."""
     build = write.builder
-    t, part = divmod(number, form.parts)
-    block = build.udiv(build.add(ahead.piece.value, INDEX(t)), INDEX(form.how.planes))
-    a = build.add(ahead.rows_at.value, build.mul(block, INDEX(form.deep * ROWS * form.depth)))
-    b = build.add(ahead.columns_at.value, build.mul(ahead.half.value, INDEX(part)))
-    one, other = 4 + number % 2, 6 + number % 2
-    instruct(build, "tilezero", number)
-    for d in range(form.deep):
-        more = t * form.how.block * ROWS + d * TILE_BYTES
-        instruct(build, "tileloadd64", one, _pointer(write, ahead.rows, a, d * ROWS * form.depth), INDEX(form.depth))
-        instruct(build, "tileloadd64", other, _pointer(write, ahead.columns, b, more), INDEX(ROW_BYTES))
-        instruct(build, "tdpbssd", number, one, other)
+    block = build.udiv(build.add(step.piece.value, INDEX(t)), INDEX(form.how.planes))
+    for is_high in range(form.parts):
+        number = t * form.parts + is_high
+        a = build.add(step.rows_at.value, build.mul(block, INDEX(form.deep * ROWS * form.depth)))
+        b = build.add(step.columns_at.value, build.mul(step.half.value, INDEX(is_high)))
+        one, other = 4 + number % 2, 6 + number % 2
+        instruct(build, "tilezero", number)
+        for d in range(form.deep):
+            more = t * form.how.block * ROWS + d * TILE_BYTES
+            instruct(build, "tileloadd64", one, _pointer(write, step.rows, a, d * ROWS * form.depth), INDEX(form.depth))
+            instruct(build, "tileloadd64", other, _pointer(write, step.columns, b, more), INDEX(ROW_BYTES))
+            instruct(build, "tdpbssd", number, one, other)
 
 
-def _out_of_tile(write: Writer, number: int, dots: Typed, to: Typed) -> None:
-    out = _pointer(write, dots, to.value, number * TILE_BYTES)
-    instruct(write.builder, "tilestored64", number, out, INDEX(ROW_BYTES))
+def _out_of_tiles(write: Writer, form: Form, t: int, dots: Typed) -> None:
+    """The dots of piece t of a step, into one half of `dots`."""
+    for is_high in range(form.parts):
+        to = _pointer(write, dots, INDEX(0), (t % 2 * form.parts + is_high) * TILE_BYTES)
+        instruct(write.builder, "tilestored64", t * form.parts + is_high, to, INDEX(ROW_BYTES))
 
 
 def _pointer(write: Writer, array: Typed, at: Any, more: int) -> Any:
+    """To byte at + more of an array."""
     return place(write.context, write.builder, array.kind, array.value, write.builder.add(at, INDEX(more)))
 
 
 @part(lambda form: types.void)
-def _begin(write, form, rows, rows_at, columns, columns_at, half, piece):
-    """The dots of `together` pieces from `piece` on, into tiles."""
-    for number in range(form.tiles):
-        _into_tile(write, form, number, _Ahead(rows, rows_at, columns, columns_at, half, piece))
-
-
-@part(lambda form: types.void)
-def _put_down(write, form, dots, to):
-    """What is in tiles, into `dots`."""
-    for number in range(form.tiles):
-        _out_of_tile(write, number, dots, to)
+def _begin(write, form, rows, columns, half, rows_at, columns_at, piece, rows_next, columns_next, next_piece, dots):
+    """What `_step` finds: a step's dots in tiles, but those of its first piece in `dots`, and the next step begun."""
+    for t in range(form.together):
+        _into_tiles(write, form, t, _Sources(rows, rows_at, columns, columns_at, half, piece))
+    _out_of_tiles(write, form, 0, dots)
+    _into_tiles(write, form, 0, _Sources(rows, rows_next, columns, columns_next, half, next_piece))
 
 
 @part(_sixteen)
 def _step(
-    write, form, rows, rows_at, columns, columns_at, half, ahead, dots, to,
-    acc, at, weights, zeros, weights_at, factors, sums, factors_at, piece,
+    write, form, rows, columns, half, rows_at, columns_at, next_piece, rows_then, columns_then, then_piece,
+    dots, acc, weights, zeros, weights_at, factors, sums, factors_at, piece,
 ):  # fmt: skip
-    """acc + float32(dot) * (w * a), for `together` pieces in order; and `_put_down` and `_begin` for those after them.
+    """acc + float32(dot) * (w * a), for `together` pieces in order.
 
-    The instructions of all three lie side by side, for tiles take long and the floats keep the rest busy.
+    While a piece's dots are added, those of the one after it go from tiles to memory, and its tiles begin with what
+    comes a step later: tiles take long, and the floats keep the rest busy.
 
-    more : how many steps there are after this one
-
-    at : of the pieces in `dots`; weights_at : of the piece; factors_at : of the first block
+    rows_at, columns_at, next_piece : of the step after this one; rows_then ... : of the step after that
+    weights_at : of the first piece; factors_at : of the first block
     """
     build, made = write.builder, write.unpack(acc)
-    for number in range(form.tiles):
-        _out_of_tile(write, number, dots, to)
-        _into_tile(write, form, number, _Ahead(rows, rows_at, columns, columns_at, half, ahead))
-        t, is_high = divmod(number, form.parts)
-        if is_high:
-            continue
+    following = _Sources(rows, rows_at, columns, columns_at, half, next_piece)
+    then = _Sources(rows, rows_then, columns, columns_then, half, then_piece)
+    for t in range(form.together):
+        ahead = (t + 1) % form.together
+        _out_of_tiles(write, form, ahead, dots)
+        _into_tiles(write, form, ahead, following if ahead else then)
         here = write.plus(weights_at, ROW_BYTES * t)
         w = write.load_floats16(weights, here)
         less = write.load_ints16(zeros, here) if form.corrects else None
@@ -266,7 +276,7 @@ def _step(
         of_block = Typed(types.intp, build.add(factors_at.value, build.mul(block, INDEX(4 * ROWS))))
         for i in range(ROWS):
             of_row = write.plus(of_block, 4 * i)
-            there = write.plus(at, number * TILE_BYTES + ROW_BYTES * i)
+            there = write.index(t % 2 * form.parts * TILE_BYTES + ROW_BYTES * i)
             dot = write.load_ints16(dots, there)
             if form.parts == 2:
                 high = write.load_ints16(dots, write.plus(there, TILE_BYTES))
@@ -306,36 +316,46 @@ def _multiply(
     amx.release()
 
 
+@njit(cache=True, nogil=True)
+def _by_tiles(q, blocks, out):
+    """(16 * tall * blocks, deep * depth) int32 -> (tall, blocks or more, deep, 16, depth) int32."""
+    rows, depth = q.shape[0] // blocks, out.shape[4]
+    for row in range(rows):
+        for block in range(blocks):
+            for d in range(out.shape[2]):
+                for i in range(depth):
+                    out[row // ROWS, block, d, row % ROWS, i] = q[row * blocks + block, d * depth + i]
+
+
 @njit(cache=True, nogil=True, inline="always")
 def _add_pieces(kernel, rows, sums, factors, batches, first, end, columns, weights, zeros, dots, acc):
-    """Add pieces first to end to the sums of all rows of activations.
+    """Add pieces first to end to the sums of all rows of activations, 16 rows after the other.
 
-    While some pieces' dots are added, those of the next go from tiles to memory and those after them are begun. That
-    goes on from 16 rows of activations to the next, and begins again after the last, to no effect.
+    Tiles are two steps ahead: also of the end of 16 rows, and at the last they begin again, to no effect.
     """
     half, together = columns.size // 2, _together(kernel)
     of_rows, of_factors = rows.size // batches, factors.size // batches * 4
     of_step = together * _block(kernel) * ROWS
     steps = -(-(end - first) // together)
-    here, there = 0, dots.size * 2
-    _begin(kernel, rows, 0, columns, 0, half, first)
-    _put_down(kernel, dots, here)
-    ahead = 1 % steps
-    m_ahead = 1 // steps % batches
-    _begin(kernel, rows, m_ahead * of_rows, columns, ahead * of_step, half, first + ahead * together)
+    step1, m1 = 1 % steps, 1 // steps % batches
+    _begin(
+        kernel, rows, columns, half, 0, 0, first,
+        m1 * of_rows, step1 * of_step, first + step1 * together, dots,
+    )  # fmt: skip
     for m in range(batches):
         total = _no_sums(kernel) if first == 0 else _load_sums(kernel, acc, m * TILE_BYTES)
         for step in range(steps):
-            ahead += 1
-            if ahead == steps:
-                ahead = 0
-                m_ahead = (m_ahead + 1) % batches
+            step2, m2 = step1 + 1, m1
+            if step2 == steps:
+                step2, m2 = 0, m1 + 1
+            if m2 == batches:
+                m2 = 0
             total = _step(
-                kernel, rows, m_ahead * of_rows, columns, ahead * of_step, half, first + ahead * together, dots, there,
-                total, here, weights, zeros, step * together * ROW_BYTES, factors, sums, m * of_factors,
-                first + step * together,
+                kernel, rows, columns, half, m1 * of_rows, step1 * of_step, first + step1 * together,
+                m2 * of_rows, step2 * of_step, first + step2 * together, dots, total,
+                weights, zeros, step * together * ROW_BYTES, factors, sums, m * of_factors, first + step * together,
             )  # fmt: skip
-            here, there = there, here
+            step1, m1 = step2, m2
         _store_sums(kernel, total, acc, m * TILE_BYTES)
 
 
@@ -462,6 +482,9 @@ def _batch(form: Form, x: Activations) -> Batch:
     """Activations by 16 rows; what is not there is zero."""
     (height, cols), blocks, block = x.q.shape, x.sums.shape[1], form.how.block
     tall, width = -(-height // ROWS), form.deep * form.depth
+    more = blocks + form.together  # what steps of pieces may read past the last
+    rows = _aligned((tall, more, form.deep, ROWS, form.depth), np.int8)
+    rows[:, blocks:] = 0
     q = x.q
     if (height, cols, block) != (tall * ROWS, blocks * block, width):
         q = np.zeros((tall * ROWS, blocks, width), np.int8)
@@ -469,37 +492,33 @@ def _batch(form: Form, x: Activations) -> Batch:
         q[:height, :whole, :block] = x.q[:, : whole * block].reshape(height, whole, block)
         if whole < blocks:
             q[:height, whole, : cols - whole * block] = x.q[:, whole * block :]
-    beside = [np.zeros((tall * ROWS, blocks), a.dtype) for a in (x.sums, x.scale)]
-    for padded, given in zip(beside, (x.sums, x.scale), strict=True):
-        padded[:height] = given
-    more = blocks + form.together  # what a step of pieces may read past the last
-    batch = Batch(
-        _room_for((tall, more, form.deep, ROWS, form.depth), np.int8),
-        _room_for((tall, more, ROWS), np.int32),
-        _room_for((tall, more, ROWS), np.float32),
-    )
-    batch.rows[:, :blocks] = q.reshape(tall, ROWS, blocks, form.deep, form.depth).transpose(0, 2, 3, 1, 4)
-    for out, padded in zip((batch.sums, batch.factors), beside, strict=True):
-        out[:, :blocks] = padded.reshape(tall, ROWS, blocks).transpose(0, 2, 1)
-        out[:, blocks:] = 0
-    batch.rows[:, blocks:] = 0
-    return batch
+    _by_tiles(_unwritable(q.reshape(-1, width).view(np.int32)), blocks, rows.view(np.int32))
+    return Batch(rows, *(_by_rows(a, tall, more) for a in (x.sums, x.scale)))
+
+
+def _by_rows(values: npt.NDArray[Any], tall: int, more: int) -> npt.NDArray[Any]:
+    """(batch, blocks) -> (tall, more, 16); what is not there is zero."""
+    height, blocks = values.shape
+    out = _aligned((tall, more, ROWS), values.dtype)
+    if height < tall * ROWS:
+        values = np.concatenate([values, np.zeros((tall * ROWS - height, blocks), values.dtype)])
+    out[:, :blocks] = values.reshape(tall, ROWS, blocks).transpose(0, 2, 1)
+    out[:, blocks:] = 0
+    return out
 
 
 def _room(form: Form, tall: int) -> Room:
+    """Of one thread, for so many times 16 rows of activations."""
     columns = form.pieces * form.how.block * ROWS + TILE_BYTES
     return Room(
-        _room_for((2, columns), np.int8),
-        _room_for((form.pieces, ROWS), np.float32),
-        _room_for((form.pieces, ROWS), np.int32),
-        _room_for((2, form.tiles, ROWS, ROWS), np.int32),
-        _room_for((tall, ROWS, ROWS), np.float32),
+        _aligned((2, columns), np.int8),
+        _aligned((form.pieces, ROWS), np.float32),
+        _aligned((form.pieces, ROWS), np.int32),
+        _aligned((2 * form.parts, ROWS, ROWS), np.int32),
+        _aligned((tall, ROWS, ROWS), np.float32),
     )
 
 
-def _room_for(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+def _aligned(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     """An array without content that begins at a multiple of 64 bytes."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    whole = np.empty(size + ROW_BYTES, np.uint8)
-    start = -whole.ctypes.data % ROW_BYTES
-    return whole[start : start + size].view(dtype).reshape(shape)
+    return pages.empty(prod(shape) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
