@@ -37,7 +37,6 @@ Ints = npt.NDArray[np.int64]
 Decoder = Callable[[tuple[int, int], Arrays, Array, bool], bool]  # shape, components, out, through
 Formula = Callable[..., Any]  # records, places, scale, out -> False if it cannot tell
 Scales = Callable[[int, int], Floats]  # first row, end -> (rows or 1, groups)
-Reader = Callable[[int, int], Bytes]  # first row, end -> (rows, codes)
 
 LEAST_WEIGHTS: Final = 1 << 19  # worth a thread: a tenth of a millisecond
 STRIP: Final = 1 << 18  # weights computed at a time, in the cache
@@ -150,40 +149,6 @@ def decoder(layout: Layout) -> Decoder | None:
     return run
 
 
-@lru_cache(maxsize=256)
-def reader(layout: Layout) -> Callable[[tuple[int, int], Arrays], Reader | None] | None:
-    """What reads the codes of a tensor of this layout, one a byte, in the order of columns; None if no kernel fits.
-
-    (shape, components) -> read(start, stop) -> (rows, codes of a row) uint8; None if the tensor is empty, or a
-    component is not what the layout says.
-    """
-    try:
-        cells = _cells(layout, "codes", frozenset())
-        _check(cells.cols and cells.rows == cells.share == 1)
-        _places(layout, cells, 1)
-    except (Unfit, KeyError, TypeError, ValueError, OverflowError):
-        return None
-    places_of = lru_cache(maxsize=64)(lambda count: _places(layout, cells, _together(count, cells)))
-
-    def of(shape: tuple[int, int], components: Arrays) -> Reader | None:
-        rows, cols = shape
-        array = components.get(cells.component)
-        if not rows or not cols or _shape_dtype(array) != _described(layout, shape)[cells.component]:
-            return None
-        records = _rows(components[cells.component], rows)
-        count = records.shape[1] // cells.nbytes
-        places = places_of(count)
-
-        def read(start: int, stop: int) -> Bytes:
-            out = np.empty((stop - start, records.shape[1] // places.size * places.codes), np.uint8)
-            _blocks().read_codes(records[start:stop], places, out)
-            return out
-
-        return read
-
-    return of
-
-
 def _by_strips(
     strip: Callable[[int, int, Floats], None], out: Array, step: int, through: bool, start: int, stop: int
 ) -> None:
@@ -235,10 +200,8 @@ def _check(good: object) -> None:
         raise Unfit
 
 
-def _cells(layout: Layout, part: str, others: frozenset[str] = frozenset({"codes", "scale"})) -> Cells:
-    """The cells of a part; only what is the same for every shape passes.
-
-    others : the parts that there must be, and none but these and `global_scale`; empty: any
+def _cells(layout: Layout, part: str) -> Cells:
+    """The cells of a part; only what is the same for every shape passes. There are codes, scales, and one of all.
 
     Raises
     ------
@@ -246,7 +209,7 @@ def _cells(layout: Layout, part: str, others: frozenset[str] = frozenset({"codes
         If the part lies in any other way.
     """
     found = {m.name for _, m, _ in layout.members()} - {"global_scale"}
-    _check(not layout.streams and part in found and others in (frozenset(), found))
+    _check(not layout.streams and found == {"codes", "scale"})
     _check(
         [a.of for a in layout.axes[:2]] == ["rows", "cols"] and all(a.per == 1 or a.of == "cols" for a in layout.axes)
     )

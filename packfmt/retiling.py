@@ -1,34 +1,49 @@
 """Bring a packed tensor into its run-time tiling: the same numbers, nothing rounded.
 
-Most layouts have in their rows the bytes that the tiling has in its lanes; these are moved as memory is read. Other
-codes are read, one a byte, and written as the tiling's. The result is what `placement.pack` makes of the tiling's
-description, byte for byte.
+Every digit of a description belongs to one axis, so where a bit lies is the sum of what its row and its column say.
+What a run of columns needs is the same in all rows and, some bytes on, in all runs; `kernels.retile` has programs for
+that. Parts whose bits do not tell are computed first, and go the same way. The result is what `placement.pack` makes of
+the tiling's description, byte for byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
-from math import prod
-from typing import Final
+from functools import cache, lru_cache
+from itertools import combinations, pairwise
+from math import lcm, prod
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from packfmt import fused, minifloat, placement, tilings
+from packfmt import minifloat, placement, tilings
 from packfmt.errors import LayoutError
-from packfmt.layout import BIT, WORD, Component, Layout, Member, Placed, dtype_of
-from packfmt.meaning import Meaning, Shape, meaning, weight_steps
-from packfmt.placement import Array, Arrays
-from packfmt.spellings import F32, SPELLINGS, scales
-from packfmt.tilings import CODES, LANES, Tile
+from packfmt.layout import Component, Fitted, Layout, dtype_of
+from packfmt.meaning import SHIFTS, Meaning, Shape, meaning, weight_steps
+from packfmt.placement import CODE_BITS, Array, Arrays
+from packfmt.spellings import F32, SPELLINGS, number_steps, scales
+from packfmt.tilings import CODES, Tile
+
+if TYPE_CHECKING:
+    from packfmt.kernels.retile import Program
 
 Dense = dict[str, Array]
+Ints = npt.NDArray[np.int64]
 
-STRIP: Final = 1 << 17  # codes that are read at a time
 MANY: Final = 8  # rows of activations
-READ: Final = ("affine", "affine_zero", "quotient", "levels", "table", "scaled", "quads", "base3")  # one code a byte
-NONE: Final = np.zeros(0, np.uint8)
+PARTS: Final = ("codes", "scale", "zero")  # that lie in tiles
+PAIR: Final = 32  # rows that a program reads at a time
+VECTOR: Final = 512  # bits
+ENOUGH: Final = 1 << 10  # bits that make a run worth starting
+MOST_RUN: Final = 1 << 11  # columns
+MOST_BITS: Final = 1 << 18  # that are left over
+MOST_CUTS: Final = 16  # between rows that begin at the same bit of a byte
+NO_TABLE: Final = np.zeros(64, np.uint8)
+NO_LOW: Final = np.zeros(1, np.int64)
+EVERY: Final = np.arange(64)
+EIGHT_ONE: Final = np.array([8, 1])  # of (bytes, bits), to bits
 
 
 def retile(layout: Layout, shape: Shape, components: Arrays, batch: int = 1) -> tuple[Layout, Arrays, Tile] | None:
@@ -91,34 +106,22 @@ def tiled(layout: Layout, shape: Shape, components: Arrays, form: str = "") -> D
     LayoutError
         If a component is not what the layout says, its grid does not fit its parts, or it has no tiling.
     """
-    from packfmt.kernels import pages, retile
+    from packfmt.kernels import pages
 
     of, tile = meaning(layout, shape), tilings.tile(layout, shape, form)
     if of is None or tile is None:
         raise LayoutError(f"{layout.name} has no tiling")
     fitted = tile.layout.fit(*shape)
     out: Dense = {c.name: pages.empty(c.nbytes).view(dtype_of(c.dtype)).reshape(c.shape) for c in fitted.components}
-    moves = list(_moves(layout, shape, tile)) if all(shape) and not form else []
-    moved = frozenset(part for _, part, *_ in moves)
-    read = None if "codes" in moved else _reader(layout, shape, components, tile)
-    parts = placement.unpack(layout, shape, components, moved | {"codes"} if read else moved)  # checks all components
-    if all(shape):
-        _move(moves, layout, shape, components, out)
-        if read:
-            _write_strips(read, shape[0], tile, out)
-        elif "codes" not in moved:
-            codes = _codes(layout, shape, tile, parts)
-            _write_codes(codes, tile, [_bytes(out[name]) for name in CODES if name in out])
-        values = {} if "scale" in moved else {"scale": _scales(layout, shape, parts, of, tile)}
-        if "zero" in parts:
-            values["zero"] = _spread(parts["zero"], fitted.parts["zero"].shape)
-        for name, array in values.items():
-            rows = np.ascontiguousarray(array).reshape(shape[0], -1)
-            size = rows.itemsize
-            if form:
-                _bytes(out[name])[:] = _bytes(_side_by_side(rows, tilings.LOOKED_UP).transpose(0, 2, 1).copy())
-            else:
-                retile.retile(rows.view(np.uint8), retile.Move(_bytes(out[name]), 0, size, size, rows.shape[1], size))
+    plan = _planned(layout, shape, form) if all(shape) else None
+    parts = placement.unpack(layout, shape, components, plan.found if plan else frozenset())  # checks all components
+    if plan:
+        computed = {
+            f"its {part}": compute(layout, shape, parts, of, tile)
+            for part, compute in (("codes", _codes), ("scale", _scales), ("zero", _zeros))
+            if part in fitted.parts and part not in plan.found
+        }
+        _write(plan, {**components, **computed}, shape, tile, out)
     return out | _others(shape, parts, tile)
 
 
@@ -133,82 +136,397 @@ def _others(shape: Shape, parts: Arrays, tile: Tile) -> Dense:
     return placement.pack(replace(tile.layout, components=rest), shape, others)
 
 
-def _bytes(array: Array) -> Array:
-    return array.reshape(-1).view(np.uint8)
+# ---------------------------------------------------------------- plans
 
 
-# ---------------------------------------------------------------- bytes that move
+class Pass(NamedTuple):
+    """A program for some rows, and for runs of columns.
+
+    rows : first and end
+    begins : of each array, the byte from which those of every row count on
+    records : of each array, bytes from a run to the next
+    strings : (component of the tiling, byte of a group where the first run goes, bytes of a run)
+    """
+
+    program: Program
+    rows: tuple[int, int]
+    begins: tuple[Ints, ...]
+    records: tuple[int, ...]
+    times: int
+    strings: tuple[tuple[str, int, int], ...]
 
 
-def _moves(layout: Layout, shape: Shape, tile: Tile) -> Iterator[tuple[str, str, int, int, int, int, int]]:
-    """What lies in the layout's rows as in the tile's lanes: (component, part, and the numbers of a `retile.Move`)."""
-    target = {c.name: c for c in tile.layout.fit(*shape).components}
-    groups = -(-shape[0] // LANES)
-    for c in layout.fit(*shape).components:
-        for m in c.members:
-            if m.part not in ("codes", "scale") or (m.part == "codes" and not tile.moved):
-                continue
-            if m.part == "scale" and not _same_scales(layout, shape, tile):
-                continue
-            cells = prod(d.size for d in c.over[1:])
-            each = m.word * m.words
-            size = each * prod(d.size for d in m.units)
-            fits = cells * size * LANES * groups == target[m.part].nbytes
-            record, unit = c.cell_bytes, 4 if m.part == "codes" else each
-            if record == size:  # cells touch
-                size, record, cells = size * cells, size * cells, 1
-            if fits and size % unit == 0 and _row_by_row(c, m, tile):
-                yield c.name, m.part, m.start // 8, size, record, cells, unit
+class Plan(NamedTuple):
+    """All that bringing a weight into its tiling takes.
+
+    found : parts that are read where they are stored; others come from arrays called "its <part>", which hold a row of
+        elements as the tiling's grid has them
+    arrays : what the programs read
+    """
+
+    found: frozenset[str]
+    arrays: tuple[str, ...]
+    passes: tuple[Pass, ...]
 
 
-def _same_scales(layout: Layout, shape: Shape, tile: Tile) -> bool:
-    """Whether scales keep their bytes."""
-    here, there = (which.fit(*shape).parts["scale"] for which in (layout, tile.layout))
-    names = [dict(which.grid.params).get("scale") for which in (layout, tile.layout)]
-    return here.dtype == there.dtype and names[0] == names[1] and not dict(layout.grid.params).get("ratio")
+@lru_cache(maxsize=64)
+def _planned(layout: Layout, shape: Shape, form: str) -> Plan:
+    tile = tilings.tile(layout, shape, form)
+    assert tile
+    here, there = layout.fit(*shape), tile.layout.fit(*shape)
+    wanted = [part for part in PARTS if part in there.parts]
+    origins = {part: origin for part in wanted if (origin := _origin(part, here, there, tile))}
+    stored = {part: field for part, origin in origins.items() if (field := _field(part, there, tile, origin))}
+    computed = cache(lambda part: _field(part, there, tile, _computed(part, there)))
+    # all that is stored, or else less and less: what is first counts most
+    for found in ([part for part in stored if part not in without] for without in _fewer(list(stored))):
+        fields = [stored[part] if part in found else computed(part) for part in wanted]
+        if plan := _passes(fields, shape, there, tile):
+            return Plan(frozenset(found) | frozenset(SHIFTS if "codes" in found else ()), *plan)
+    raise AssertionError(f"{layout.name} {shape}: not even what is computed can be tiled")
 
 
-def _row_by_row(c: Placed, m: Member, tile: Tile) -> bool:
-    """Whether a row is one stretch of bytes, in which columns count slowest, then planes, then what makes a run."""
-    if not c.over or (c.over[0].axis, c.over[0].stride, c.over[0].reverse) != ("rows", 1, False):
-        return False
-    rest = [d for d in (*c.over[1:], *m.units) if d.size > 1]
-    if any(d.axis == "rows" for d in (*rest, *m.fields)) or any(d.axis in (WORD, BIT) for d in rest):
-        return False
-    planes = {a.name for a in tile.layout.axes if not a.of}
-    run = tile.run if m.part == "codes" else 0
-    kinds = [1 if d.axis in planes else 0 if d.stride >= run else 2 for d in rest]
-    outer = [d for d, kind in zip(rest, kinds, strict=True) if kind == 0]
-    falling = all(a.stride > b.stride for a, b in pairwise(outer)) and not any(d.reverse for d in outer)
-    return kinds == sorted(kinds) and falling
+def _fewer(parts: list[str]) -> Iterator[tuple[str, ...]]:
+    """What to leave out of them: nothing, the last, the one before, both ... all."""
+    for count in range(len(parts) + 1):
+        yield from combinations(parts[::-1], count)
 
 
-def _move(
-    moves: list[tuple[str, str, int, int, int, int, int]], layout: Layout, shape: Shape, components: Arrays, out: Dense
-) -> None:
+def _write(plan: Plan, arrays: Arrays, shape: Shape, tile: Tile, out: Dense) -> None:
     from packfmt.kernels import retile
 
-    stored = layout.fit(*shape).extents["rows"]  # with padding
-    for name in {component for component, *_ in moves}:
-        source = np.ascontiguousarray(components[name]).view(np.uint8).reshape(stored, -1)[: shape[0]]
-        mine = (move[1:] for move in moves if move[0] == name)
-        retile.retile(source, *(retile.Move(_bytes(out[part]), *numbers) for part, *numbers in mine))
+    lanes, units = tile.lanes, _units(tile.layout.fit(*shape), tile)
+    flat = [np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in plan.arrays]
+    groups = {name: out[name].reshape(-1).view(np.uint8).reshape(-(-shape[0] // lanes), -1) for name in units}
+    for one in plan.passes:
+        first, end = one.rows
+        sources = [
+            retile.Source(data, begins[first:end], record)
+            for data, begins, record in zip(flat, one.begins, one.records, strict=True)
+        ]
+        mine = slice(first // lanes, -(-end // lanes))
+        targets = [
+            retile.Target(groups[name][mine, at : at + one.times * size], lanes, *units[name])
+            for name, at, size in one.strings
+        ]
+        retile.rearrange(one.program, sources, one.times, targets)
 
 
-# ---------------------------------------------------------------- codes that are written anew
+def _units(there: Fitted, tile: Tile) -> dict[str, tuple[int, bool]]:
+    """How rows lie side by side in the tiling's components: `unit` and `woven` of `kernels.retile.Target`."""
+    codes = {"": (4, False), "words": (2, False), "nibbles": (1, True)}[tile.form]
+    return {
+        c.name: codes if c.name in CODES else (c.cell_bytes // tile.lanes, False)
+        for c in there.components
+        if {m.part for m in c.members} & {*PARTS}
+    }
 
 
-def _reader(layout: Layout, shape: Shape, components: Arrays, tile: Tile) -> fused.Reader | None:
-    """What reads a code for each weight or quad, as the tile's grid has them; None if no kernel does."""
-    if layout.grid.name not in READ or tile.added not in (None, 1):
+# ---------------------------------------------------------------- where bits lie
+
+
+class Found(NamedTuple):
+    """Where a part lies: bit i of an element of a row is at rows[array][row] + bits[element, i] of array which[i]."""
+
+    which: tuple[str, ...]
+    rows: dict[str, Ints]
+    bits: Ints
+
+
+class Origin(NamedTuple):
+    """Where the bits are of which elements are made, and how: `kind`, `table` and `low` of `kernels.retile.Wanted`."""
+
+    found: Found
+    kind: int = 0
+    table: Array = NO_TABLE
+    low: Ints = NO_LOW
+
+
+class Field(NamedTuple):
+    """Where the elements of a part come from and where they go, by planes and by positions along a row.
+
+    bits : (planes, positions, bits of the origin)
+    to : (planes, positions, bits of an element), in the bytes of a group
+    string : the tiling's component that has bit i of an element
+    low : (planes, positions)
+    cols : columns of a position; 0: one position serves all
+    """
+
+    origin: Origin
+    bits: Ints
+    to: Ints
+    string: tuple[str, ...]
+    low: Ints
+    cols: int
+
+
+def _stored(fitted: Fitted, part: str) -> Found | None:
+    """The bits of a part in the components; None if rows and bits do not just add up."""
+    sides = [(c.name, placement._stored(fitted, c, m)) for c in fitted.components for m in c.members if m.part == part]
+    return _added_up(fitted, part, sides)
+
+
+def _computed(part: str, there: Fitted) -> Origin:
+    """The bits of a part of the tiling in an array of its elements."""
+    found = _added_up(there, part, [(f"its {part}", placement._plain(there.parts[part]))])
+    assert found
+    return Origin(found)
+
+
+def _added_up(fitted: Fitted, part: str, sides: list[tuple[str, placement.Side]]) -> Found | None:
+    shape, n = fitted.parts[part].shape, fitted.parts[part].bits
+    bits, which, rows = np.zeros((prod(shape[1:]), n), np.int64), [""] * n, dict[str, Ints]()
+    for name, side in sides:
+        here = range(side.low, min(side.high, n))
+        at = np.array([side.byte, side.bit])
+        for axis, count in enumerate(shape[1:], 1):
+            at = at[..., None, :] + side.steps(axis, np.arange(count))
+        at, code, row = (
+            at.reshape(-1, 1, 2),
+            side.steps(CODE_BITS, np.arange(len(here))),
+            side.steps(0, np.arange(shape[0])),
+        )
+        if side.gap == side.word:
+            bits[:, here] = at @ EIGHT_ONE + code @ EIGHT_ONE
+        elif row[:, 1].any():  # bits go on in a word that lies elsewhere
+            return None
+        else:
+            bits[:, here] = side.address((at + code).reshape(-1, 2)).reshape(len(at), -1)
+        which[here.start : here.stop] = [name] * len(here)
+        begins = row @ EIGHT_ONE
+        bits[:, here] += begins.min()
+        begins -= begins.min()
+        if not np.array_equal(rows.setdefault(name, begins), begins):
+            return None
+    return Found(tuple(which), rows, bits)
+
+
+def _origin(part: str, here: Fitted, there: Fitted, tile: Tile) -> Origin | None:
+    """What the elements of the tiling's part are made of in the layout's components; None if bits do not tell."""
+    from packfmt.kernels.retile import DIGITS, LOOK_UP
+
+    if part not in here.parts or (part == "scale" and not _same_scales(here, there)):
         return None
-    if layout.grid.name == "quads" and tile.added is not None:  # a step for each weight, where the reader has quads
+    found = _stored(here, part)
+    if found is None or part != "codes":
+        return found and Origin(found)
+    name, params, like, planes = (
+        here.layout.grid.name,
+        dict(here.layout.grid.params),
+        here.parts["codes"],
+        tile.how.planes,
+    )
+    if name == "quads_in_fives":
+        good = like.bits == 16 and like.shape[-1] == 5
+        return Origin(found._replace(which=found.which[:5], bits=_fives(found.bits))) if good else None
+    if tile.added is None:
+        return Origin(found)
+    if name in ("base3", "plane_base3") and all(type(d) is int and 1 <= d <= 5 for _, d in params["runs"]):
+        places, digits = _base3(params["runs"], params["first"] == "high")
+        if params["first"] in ("high", "low") and like.bits == 8 and max(places) < like.shape[-1]:
+            bits = found.bits.reshape(-1, like.shape[-1], 8)[:, places].reshape(-1, 8)
+            return Origin(found._replace(bits=bits), DIGITS, low=np.resize(digits, len(bits)))
+    if name == "plane_digits" and like.bits <= 6 and planes <= 4:
+        table = sum(EVERY // 3 ** (planes - 1 - p) % 3 << 2 * p for p in range(planes)).astype(np.uint8)
+        low = np.repeat(2 * np.arange(planes), len(found.bits))
+        return Origin(found._replace(bits=np.tile(found.bits, (planes, 1))), LOOK_UP, table, low)
+    if name == "hif4" and like.bits == 4:
+        steps = number_steps(params["element"])[EVERY & 15] << (EVERY >> 4 & 1) + (EVERY >> 5)
+        whole = _side_by_side([found, *(_stored(here, shift) for shift in SHIFTS)])
+        return whole and Origin(whole, LOOK_UP, steps.astype(np.int8).view(np.uint8))
+    return None
+
+
+def _same_scales(here: Fitted, there: Fitted) -> bool:
+    """Whether scales keep their bytes."""
+    a, b = (dict(fitted.layout.grid.params).get("scale") for fitted in (here, there))
+    same: bool = here.parts["scale"].dtype == there.parts["scale"].dtype and a == b
+    return same and not dict(here.layout.grid.params).get("ratio")
+
+
+def _fives(bits: Ints) -> Ints:
+    """Words of 16 bits, five for 16 codes -> the bits of codes (`kernels.spell.read_fives`)."""
+    words = bits.reshape(-1, 5, 16)
+    near = words[:, :, :15].reshape(len(words), 15, 5)
+    return np.concatenate([near, words[:, None, :, 15]], 1).reshape(-1, 5)
+
+
+def _base3(runs: tuple[tuple[int, int], ...], high_first: bool) -> tuple[list[int], list[int]]:
+    """Of each column of a block its byte, and which of that byte's digits it is (`kernels.spell.read_base3`)."""
+    places, digits, byte = list[int](), list[int](), 0
+    for count, each in runs:
+        for i in range(each):
+            places += range(byte, byte + count)
+            digits += [i if high_first else 4 - i] * count
+        byte += count
+    return places, digits
+
+
+def _side_by_side(parts: list[Found | None]) -> Found | None:
+    """The bits of several parts as those of one, of which each has an element for so many of the first's."""
+    which, rows, bits = tuple[str, ...](), dict[str, Ints](), list[Ints]()
+    for found in parts:
+        if found is None or any(not np.array_equal(rows.get(name, row), row) for name, row in found.rows.items()):
+            return None
+        which, rows = which + found.which, rows | found.rows
+        bits.append(np.repeat(found.bits, len(bits[0]) // len(found.bits) if bits else 1, 0))
+    return Found(which, rows, np.hstack(bits))
+
+
+def _field(part: str, there: Fitted, tile: Tile, origin: Origin) -> Field | None:
+    """None if the origin has not an element for each of the tiling's."""
+    to, like, cols = _stored(there, part), there.parts[part], _columns(there, tile)
+    planes = 1 if part == "zero" else tile.how.planes
+    n, rest = divmod(prod(like.shape[1:]), planes)
+    right = len(origin.found.bits) == n * planes and all(
+        len(row) == like.shape[0] for row in origin.found.rows.values()
+    )
+    if to is None or not right or rest or cols % n or not (origin.kind or origin.found.bits.shape[1] == like.bits):
         return None
-    reader = fused.reader(layout)
-    return reader(shape, components) if reader else None
+    bits, low = origin.found.bits.reshape(planes, n, -1), np.broadcast_to(origin.low, (planes * n,)).reshape(planes, n)
+    return Field(origin, bits, to.bits.reshape(planes, n, -1), to.which, low, cols // n if n > 1 else 0)
 
 
-def _codes(layout: Layout, shape: Shape, tile: Tile, parts: Arrays) -> Array:
+def _columns(there: Fitted, tile: Tile) -> int:
+    """Stored columns, without padding."""
+    return prod(there.parts["codes"].shape[1:]) // tile.how.planes * _per(tile)
+
+
+def _per(tile: Tile) -> int:
+    """Columns of a code."""
+    return 4 if tile.how.widths == (5,) else 1
+
+
+# ---------------------------------------------------------------- programs of them
+
+
+def _passes(
+    fields: list[Field | None], shape: Shape, there: Fitted, tile: Tile
+) -> tuple[tuple[str, ...], tuple[Pass, ...]] | None:
+    """What is read, and the passes; None if rows have too many ways to begin, or columns do not repeat.
+
+    Rows are cut where they begin at another bit of a byte, and columns into runs and a rest.
+    """
+    rows: dict[str, Ints] = {}
+    for field in fields:
+        if field is None or any(not np.array_equal(rows.get(n, r), r) for n, r in field.origin.found.rows.items()):
+            return None
+        rows |= field.origin.found.rows
+    good = [field for field in fields if field]
+    cols = _columns(there, tile)
+    run, records, steps = _run(good, tile.run * _per(tile), cols)
+    times = cols // run if run else 0
+    left = sum(field.to[:, times * run // field.cols :].size for field in good if field.cols)
+    shifts = np.stack([row % 8 for row in rows.values()])
+    cuts = [0, *(np.flatnonzero((np.diff(shifts) != 0).any(0)) + 1).tolist(), shape[0]]
+    if left > MOST_BITS or len(cuts) > MOST_CUTS or any(cut % PAIR for cut in cuts[:-1]):
+        return None
+    begins = tuple(row // 8 for row in rows.values())
+    groups, units = -(-shape[0] // tile.lanes), _units(there, tile)
+    sizes = {c.name: c.nbytes // groups for c in there.components}
+    passes = []
+    for first, end in pairwise(cuts):
+        shift = dict(zip(rows, shifts[:, first].tolist(), strict=True))
+        for start, stop, count in ((0, run, times), (times * run, cols, 1)):
+            some = [cut for field in good if (field.cols or count == 1) and (cut := _cut(field, start, stop)).to.size]
+            if not some or not count:
+                continue
+            strings = []
+            for field in some:
+                for name in dict.fromkeys(field.string):
+                    at = times * steps[name] if start and field.cols else 0
+                    strings.append((name, at, steps[name] if count > 1 else sizes[name] - at))
+            program = _program(some, shift, strings, units, tile.lanes)
+            on = tuple(records.get(name, 0) if count > 1 else 0 for name in rows)
+            passes.append(Pass(program, (first, end), begins, on, count, tuple(strings)))
+    return tuple(rows), tuple(passes)
+
+
+def _run(fields: list[Field], least: int, cols: int) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Columns after which all goes on by whole bytes, and whole vectors; 0 if there are none, or too many.
+
+    With the bytes from a run to the next of each array, in a row, and of each component of the tiling, in a group.
+    """
+    some = [field for field in fields if field.cols]
+    least = lcm(least, *(field.cols for field in some))
+    for run in range(least, min(MOST_RUN, cols // 2) + 1, least):
+        records = _goes_on([(f.bits, f.origin.found.which, run // f.cols) for f in some], 8)
+        sizes = records is not None and _goes_on([(f.to, f.string, run // f.cols) for f in some], VECTOR)
+        if not records or not sizes:
+            continue
+        each = sum(f.to[:, : run // f.cols].size for f in some)
+        more = 1
+        while more * each < ENOUGH and cols % (2 * more * run) == 0 and cols > 2 * more * run:
+            more *= 2
+        farther = [{name: more * step for name, step in steps.items()} for steps in (records, sizes)]
+        return run * more, farther[0], farther[1]
+    return 0, {}, {}
+
+
+def _goes_on(fields: list[tuple[Ints, tuple[str, ...], int]], multiple: int) -> dict[str, int] | None:
+    """The bytes from each bit to the one so many positions on, in each component; None if these are not the same."""
+    found: dict[str, int] = {}
+    for places, names, step in fields:
+        near = places[:, step : step + 1] - places[:, :1]
+        for name in dict.fromkeys(names):
+            mine = near[..., _is(names, name)]
+            first = int(mine.flat[0])
+            if (
+                (mine != first).any()
+                or first < 0
+                or first % multiple
+                or found.setdefault(name, first // 8) != first // 8
+            ):
+                return None
+        if (places[:, step:] - places[:, :-step] != near).any():
+            return None
+    return found
+
+
+def _is(names: tuple[str, ...], name: str) -> npt.NDArray[np.bool_]:
+    return np.array([n == name for n in names])
+
+
+def _cut(field: Field, start: int, stop: int) -> Field:
+    """Some columns of it, or all of what serves all of them."""
+    mine = slice(start // field.cols, stop // field.cols) if field.cols else slice(None)
+    return field._replace(bits=field.bits[:, mine], to=field.to[:, mine], low=field.low[:, mine])
+
+
+def _program(
+    fields: list[Field],
+    shift: dict[str, int],
+    strings: list[tuple[str, int, int]],
+    units: dict[str, tuple[int, bool]],
+    lanes: int,
+) -> Program:
+    """What makes a run, in rows that begin so many bits after a byte."""
+    from packfmt.kernels import retile
+
+    dwords = [-(-size // (4 * lanes)) for *_, size in strings]
+    places = {name: (at, units[name][0], sum(dwords[:i])) for i, (name, at, _) in enumerate(strings)}
+    arrays, wanted = list(shift), []
+    for field in fields:
+        which = field.origin.found.which
+        at, unit, dword = np.array([places[name] for name in field.string]).T
+        to, chunk = field.to.reshape(-1, len(field.string)) - 8 * at, 8 * unit * lanes
+        wanted.append(
+            retile.Wanted(
+                np.array([arrays.index(name) for name in which]),
+                field.bits.reshape(-1, len(which)) + np.array([shift[name] for name in which]),
+                32 * dword + to // chunk * 8 * unit + to % chunk,  # as bits of one row
+                field.origin.kind,
+                field.origin.table,
+                field.low.reshape(-1),
+            )
+        )
+    return retile.program(wanted, sum(dwords))
+
+
+# ---------------------------------------------------------------- parts that are computed first
+
+
+def _codes(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile) -> Array:
     """A code for each weight, or quad, as the tile's grid has them."""
     part = tile.layout.fit(*shape).parts["codes"]
     found = parts["codes"]
@@ -221,74 +539,8 @@ def _codes(layout: Layout, shape: Shape, tile: Tile, parts: Arrays) -> Array:
     return found.astype(dtype_of(part.dtype)).reshape(part.shape)
 
 
-def _write_strips(read: fused.Reader, rows: int, tile: Tile, out: Dense) -> None:
-    """Read codes and write them, a strip of rows at a time, which stays in the cache."""
-    from packfmt.kernels import threads
-
-    lanes = tile.lanes
-    groups = -(-rows // lanes)
-    strings = [_bytes(out[name]).reshape(groups, -1) for name in CODES if name in out]
-    step = max(1, STRIP // (lanes * len(tile.order)))
-
-    def work(start: int, stop: int) -> None:
-        for first in range(start, stop, step):
-            end = min(stop, first + step)
-            codes = read(lanes * first, min(rows, lanes * end))
-            _write_codes(codes, tile, [string[first:end].reshape(-1) for string in strings])
-
-    threads.spread(work, groups, step)
-
-
-def _write_codes(codes: Array, tile: Tile, strings: list[Array]) -> None:
-    """The tile's strings of codes from one code a byte."""
-    from packfmt.kernels import retile
-
-    rows, per = len(codes), 4 if tile.how.widths == (5,) else 1
-    flat = codes.view(np.uint8).reshape(rows, tile.how.planes, -1)
-    if missing := len(tile.order) // per - flat.shape[2]:
-        flat = np.pad(flat, ((0, 0), (0, 0), (0, missing)))
-    if tile.form == "words":
-        return _write_words(flat[:, 0], strings[0])
-    if tile.form:
-        return _write_nibbles(flat[:, 0], *strings)
-    if tile.how.codes == "quads":
-        return retile.pack_quads(flat[:, 0], strings[0])
-    runs = flat.reshape(rows, tile.how.planes, -1, tile.run).transpose(0, 2, 1, 3)
-    order = tile.order[: tile.run]
-    if not np.array_equal(order, np.arange(tile.run)):  # the bytes of other rows of this layout were moved
-        runs = runs[..., order]
-    retile.pack_planes(runs, strings[0], strings[1] if len(strings) > 1 else NONE, tile.how.widths)
-
-
-def _side_by_side(rows: Array, lanes: int) -> Array:
-    """(rows, n) -> (groups, lanes, n), zeros where rows have ended."""
-    padded = np.pad(rows.view(f"u{rows.itemsize}"), ((0, -len(rows) % lanes), (0, 0)))
-    return padded.reshape(-1, lanes, rows.shape[1])
-
-
-def _write_words(codes: Array, string: Array) -> None:
-    """Streams of five bits, a word of 32 rows at a time: the dwords of 16 rows, cut in two."""
-    from packfmt.kernels import retile
-
-    lanes, quads = tilings.LOOKED_UP, tilings.QUADS
-    padded = np.pad(codes, ((0, -len(codes) % lanes), (0, -codes.shape[1] % quads)))
-    dwords = np.empty(padded.size // quads * 20, np.uint8)
-    retile.pack_quads(padded, dwords)
-    cut = dwords.view("<u2").reshape(len(padded) // lanes, 2, -1, LANES, 2).transpose(0, 2, 4, 1, 3)
-    groups = cut.reshape(len(cut), -1, lanes)
-    string.view("<u2").reshape(len(cut), -1, lanes)[:] = groups[:, : codes.shape[1] // 16 * 5]
-
-
-def _write_nibbles(codes: Array, low: Array, high: Array) -> None:
-    """Four bits of two quads a byte, and fifth bits of eight; row r and row 16 + r side by side."""
-    halves = _side_by_side(codes, tilings.LOOKED_UP).reshape(-1, 2, LANES, codes.shape[1])
-    pairs = (halves[..., ::2] & 15) | halves[..., 1::2] << 4
-    low.reshape(len(halves), -1, LANES, 2)[:] = pairs.transpose(0, 3, 2, 1)
-    signs = np.packbits(halves >> 4, axis=-1, bitorder="little")
-    high.reshape(len(halves), -1, LANES, 2)[:] = signs.transpose(0, 3, 2, 1)
-
-
-# ---------------------------------------------------------------- scales
+def _zeros(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile) -> Array:
+    return _spread(parts["zero"], tile.layout.fit(*shape).parts["zero"].shape)
 
 
 def _scales(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile) -> Array:
@@ -304,8 +556,7 @@ def _scales(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile
         elif stored.dtype != dtype:
             stored = stored.astype(F32).astype(dtype)
     planes = [of.planes] if tile.layout.grid.name == "planes" else []
-    found = _spread(stored.reshape(stored.shape[0], *planes, -1), (shape[0], *planes, wanted.shape[1 + len(planes)]))
-    return np.moveaxis(found, 1, 2) if planes else found  # in the order of the component: blocks, then planes
+    return _spread(stored.reshape(stored.shape[0], *planes, -1), (shape[0], *planes, wanted.shape[1 + len(planes)]))
 
 
 def _spread(part: Array, shape: tuple[int, ...]) -> Array:

@@ -1,4 +1,4 @@
-"""Rows become tiles of 16 rows, byte for byte as a slow loop has them."""
+"""Bits of rows become bits of tiles, as a slow loop over single bits has them."""
 
 from __future__ import annotations
 
@@ -13,47 +13,14 @@ from hypothesis import strategies as st
 from packfmt.errors import LayoutError
 from packfmt.kernels import pages, retile, threads
 
-Bytes = np.ndarray
-
 pytestmark = pytest.mark.kernels
 
-
-def noise(*shape: int, below: int = 256) -> np.ndarray:
-    return np.random.default_rng(sum(shape)).integers(0, below, shape, dtype=np.uint8)
-
-
-def slow_tiles(source: np.ndarray, first: int, size: int, record: int, count: int, unit: int) -> np.ndarray:
-    """out[g, i, u, r] = unit u of run i of row 16 g + r."""
-    groups = -(-len(source) // 16)
-    out = np.zeros((groups, count, size // unit, 16, unit), np.uint8)
-    for row, bytes_of_row in enumerate(source):
-        for run in range(count):
-            begins = first + run * record
-            out[row // 16, run, :, row % 16] = bytes_of_row[begins : begins + size].reshape(-1, unit)
-    return out.reshape(-1)
+every_kind = pytest.mark.parametrize(("lanes", "unit", "woven"), retile.KINDS)
+NO_TABLE, NO_LOW = np.zeros(64, np.uint8), np.zeros(1, np.int64)
 
 
-def slow_fields(codes: np.ndarray, below: int, width: int) -> np.ndarray:
-    """Field by field, as the docstring of `pack_planes` says."""
-    rows, blocks, planes, columns = codes.shape
-    fields = 8 // width
-    out = np.zeros((-(-rows // 16), blocks, planes, columns // fields // 4, 16, 4), np.uint8)
-    for row, block, plane, column in np.ndindex(codes.shape):
-        step, j = divmod(column, 4)
-        v, f = divmod(step, fields)
-        code = int(codes[row, block, plane, column]) >> below & ((1 << width) - 1)
-        out[row // 16, block, plane, v, row % 16, j] |= code << (f * width)
-    return out.reshape(-1)
-
-
-def slow_stream(codes: np.ndarray) -> np.ndarray:
-    groups, quads = -(-len(codes) // 16), codes.shape[1]
-    out = np.zeros((groups, quads * 5 // 32, 16, 4), np.uint8)
-    for row, codes_of_row in enumerate(codes):
-        number = sum(int(code) << (5 * j) for j, code in enumerate(codes_of_row))
-        stream = np.frombuffer(number.to_bytes(quads * 5 // 8, "little"), np.uint8)
-        out[row // 16, :, row % 16] = stream.reshape(-1, 4)
-    return out.reshape(-1)
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
 
 
 def room(nbytes: int) -> np.ndarray:
@@ -63,149 +30,141 @@ def room(nbytes: int) -> np.ndarray:
     return out
 
 
-ROWS = (1, 15, 16, 17, 32, 47)
-# of a record: bytes before the codes, of codes, behind them
-RECORDS = {
-    "nvfp4": (4, 32, 0),
-    "nvfp4, alone": (0, 8, 0),
-    "mxfp4": (1, 16, 0),
-    "q4_0": (2, 16, 0),
-    "q8_0": (2, 32, 0),
-    "tq2_0": (0, 64, 2),
-    "sherry": (0, 40, 2),
-    "one dword": (3, 4, 0),
-    "three dwords": (0, 12, 1),
-    "long": (5, 4 * 53, 7),
-}
+def plain(to: np.ndarray, bits: np.ndarray, source: tuple[int, ...]) -> retile.Wanted:
+    return retile.Wanted(np.array(source), bits, to, retile.PLAIN, NO_TABLE, NO_LOW)
 
 
-def interleave(source: Bytes, out: Bytes, size: int, first: int = 0, record: int = 0, blocks: int = 1) -> None:
-    """Codes alone."""
-    retile.retile(source, retile.Move(out, first, size, record or size, blocks))
+def bit_of(source: retile.Source, row: int, run: int, bit: int) -> int:
+    place = int(source.rows[row]) + run * source.record + bit // 8
+    return int(source.data[place]) >> (bit % 8) & 1
 
 
-def interleave_values(source: Bytes, out: Bytes, first: int, record: int, count: int, itemsize: int) -> None:
-    """Scales alone."""
-    retile.retile(source, retile.Move(out, first, itemsize, record, count, itemsize))
+def slow_elements(wanted: retile.Wanted, sources: list[retile.Source], row: int, run: int) -> list[int]:
+    """What each element is."""
+    out = []
+    width = wanted.to.shape[1]
+    for i, bits in enumerate(wanted.bits):
+        code = sum(
+            bit_of(sources[k], row, run, int(b)) << j for j, (k, b) in enumerate(zip(wanted.source, bits, strict=True))
+        )
+        if wanted.kind == retile.LOOK_UP:
+            code = int(wanted.table[code]) >> int(wanted.low[i])
+        if wanted.kind == retile.DIGITS:
+            code = code * 3 ** int(wanted.low[i]) % 256 * 3 // 256
+        out.append(code & ((1 << width) - 1))
+    return out
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize("name", RECORDS)
-def test_dwords_of_codes_are_interleaved(name: str, blocks: int, rows: int) -> None:
-    before, size, behind = RECORDS[name]
-    record = before + size + behind
-    source, out = noise(rows, record * blocks), room(-(-rows // 16) * 16 * size * blocks)
-    interleave(source, out, size, before, record, blocks)
-    assert out.tobytes() == slow_tiles(source, before, size, record, blocks, 4).tobytes()
+def slow_tiles(
+    wanted: list[retile.Wanted], sources: list[retile.Source], times: int, counts: list[int], target: retile.Target
+) -> list[bytes]:
+    """The strings of all targets, which have so many dwords of a row in each run."""
+    rows, lanes, unit = len(sources[0].rows), target.lanes, target.unit
+    groups, dwords = -(-rows // lanes), sum(counts)
+    found = np.zeros((groups * lanes, times, dwords), np.uint64)
+    for row, run in np.ndindex(rows, times):
+        for one in wanted:
+            for places, element in zip(one.to, slow_elements(one, sources, row, run), strict=True):
+                for j, bit in enumerate(places.tolist()):
+                    found[row, run, bit // 32] |= np.uint64((element >> j & 1) << bit % 32)
+    order = [r // 2 + r % 2 * 16 for r in range(32)] if target.woven else list(range(lanes))
+    strings = []
+    for first, count in zip(np.cumsum([0, *counts]), counts, strict=False):
+        mine = np.ascontiguousarray(found[:, :, first : first + count].astype("<u4")).view(np.uint8)
+        units = mine.reshape(groups, lanes, times, -1, unit)[:, order]
+        strings.append(np.ascontiguousarray(units.transpose(0, 2, 3, 1, 4)).tobytes())
+    return strings
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("itemsize", [1, 2, 4])
-@pytest.mark.parametrize("record", [4, 7, 66])
-def test_values_of_records_are_interleaved(record: int, itemsize: int, rows: int) -> None:
-    source, out = noise(rows, 5 * record), room(-(-rows // 16) * 16 * itemsize * 5)
-    interleave_values(source, out, record - itemsize, record, 5, itemsize)
-    assert out.tobytes() == slow_tiles(source, record - itemsize, itemsize, record, 5, itemsize).tobytes()
+def check(
+    wanted: list[retile.Wanted],
+    sources: list[retile.Source],
+    times: int,
+    counts: list[int],
+    kind: tuple[int, int, bool] = (16, 4, False),
+    apart: int = 0,
+    shift: int = 0,
+) -> None:
+    """apart, shift : bytes between groups of a target, and before the first"""
+    rows, lanes = len(sources[0].rows), kind[0]
+    groups = -(-rows // lanes)
+    sizes = [times * 4 * lanes * count for count in counts]
+    rooms = [room(groups * (size + apart) + shift)[shift:].reshape(groups, -1) for size in sizes]
+    targets = [retile.Target(r[:, :size], *kind) for r, size in zip(rooms, sizes, strict=True)]
+    retile.rearrange(retile.program(wanted, sum(counts)), sources, times, targets)
+    for target, string in zip(targets, slow_tiles(wanted, sources, times, counts, targets[0]), strict=True):
+        assert target.out.tobytes() == string
+    for whole, size in zip(rooms, sizes, strict=True):
+        assert set(whole[:, size:].flat) <= {0xA5}
 
 
-@pytest.mark.parametrize("itemsize", [1, 2, 4])
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 16, 31, 33])
-def test_values_that_touch_are_interleaved(count: int, itemsize: int) -> None:
-    source, out = noise(35, count * itemsize), room(3 * 16 * count * itemsize)
-    interleave_values(source, out, 0, itemsize, count, itemsize)
-    assert out.tobytes() == slow_tiles(source, 0, itemsize, itemsize, count, itemsize).tobytes()
+def rows_of(count: int, nbytes: int, record: int = 0) -> retile.Source:
+    return retile.Source(noise(count, nbytes).reshape(-1), np.arange(count) * nbytes, record)
+
+
+@every_kind
+@pytest.mark.parametrize("rows", [1, 16, 31, 33, 64])
+def test_dwords_go_where_rows_lie_side_by_side(rows: int, lanes: int, unit: int, woven: bool) -> None:
+    bits = np.arange(64)[None]
+    check([plain(bits, 8 + bits, (0,) * 64)], [rows_of(rows, 24, 8)], 2, [2], (lanes, unit, woven))
 
 
 @given(data=st.data())
-def test_any_moves_out_of_any_rows_in_one_pass(data: st.DataObject) -> None:
+def test_any_bits_of_any_rows_in_one_pass(data: st.DataObject) -> None:
     draw = data.draw
-    rows, row_bytes, more = draw(st.integers(0, 50)), draw(st.integers(1, 200)), draw(st.integers(0, 9))
-    source = noise(rows, row_bytes + more)[:, :row_bytes]
-    moves = []
-    for _ in range(draw(st.integers(0, 3))):
-        unit = draw(st.sampled_from([unit for unit in (1, 2, 4) if unit <= row_bytes]))
-        size = unit * draw(st.integers(1, row_bytes // unit))
-        count = draw(st.integers(1, row_bytes // size))
-        record = draw(st.integers(size, (row_bytes - size) // (count - 1) if count > 1 else row_bytes))
-        first = draw(st.integers(0, row_bytes - size - (count - 1) * record))
-        # rows of the output may lie apart, and begin anywhere
-        each, shift = count * size * 16, draw(st.sampled_from([0, 0, 3, 64]))
-        out = room(-(-rows // 16) * (each + shift) + shift)[shift:].reshape(-1, each + shift)[:, :each]
-        moves.append(retile.Move(out, first, size, record, count, unit))
-    retile.retile(source, *moves)
-    for move in moves:
-        assert move.out.tobytes() == slow_tiles(source, *move[1:]).tobytes()
+    rows, times = draw(st.integers(1, 40)), draw(st.integers(1, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    sources, reaches = [], []
+    for _ in range(draw(st.integers(1, 2))):
+        reach, record = draw(st.integers(1, 150)), draw(st.integers(0, 40))
+        size = reach + (times - 1) * record
+        begins = rng.permutation(rows) * draw(st.integers(0, size))
+        sources.append(retile.Source(rng.integers(0, 256, size + int(begins.max()), np.uint8), begins, record))
+        reaches.append(reach)
+    counts = draw(st.lists(st.integers(1, 2), min_size=1, max_size=2))
+    width = draw(st.integers(1, 8))
+    some = rng.permutation(32 * sum(counts))
+    to = some[: draw(st.integers(1, len(some) // width)) * width].reshape(-1, width)
+    which = tuple(int(rng.integers(len(sources))) for _ in range(width))
+    bits = np.stack([rng.integers(0, 8 * reaches[k], len(to)) for k in which], axis=1)
+    apart, shift = draw(st.sampled_from([(0, 0), (64, 0), (3, 0), (0, 5)]))
+    check([plain(to, bits, which)], sources, times, counts, draw(st.sampled_from(retile.KINDS)), apart, shift)
 
 
-@pytest.mark.parametrize("order", ["columns first", "backwards", "every other", "not to be written"])
-def test_rows_may_lie_anywhere(order: str) -> None:
-    source = noise(66, 70)
-    source = {
-        "columns first": np.asfortranarray(source),
-        "backwards": source[::-1],
-        "every other": source[::2, ::2],
-        "not to be written": np.frombuffer(source.tobytes(), np.uint8).reshape(66, 70),
-    }[order]
-    codes, scale = room(-(-len(source) // 16) * 16 * 32), room(-(-len(source) // 16) * 16)
-    retile.retile(source, retile.Move(codes, 3, 32, 32, 1), retile.Move(scale, 0, 1, 1, 1, 1))
-    assert codes.tobytes() == slow_tiles(source, 3, 32, 32, 1, 4).tobytes()
-    assert scale.tobytes() == slow_tiles(source, 0, 1, 1, 1, 1).tobytes()
+def test_every_byte_has_its_digits() -> None:
+    """With elements that are no digits beside them."""
+    data = np.arange(256, dtype=np.uint8)
+    source = retile.Source(data, np.arange(32) * 8, 0)
+    codes = np.repeat(np.arange(64).reshape(8, 8), 5, axis=0)
+    low = np.tile(np.arange(5), 8)
+    to = np.arange(80).reshape(40, 2)
+    digits = retile.Wanted(np.zeros(8, int), codes, to, retile.DIGITS, NO_TABLE, low)
+    beside = plain(np.arange(96, 104)[None], np.arange(8)[None], (0,) * 8)
+    check([digits, beside], [source], 1, [3, 1])
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("widths", retile.WIDTHS)
-@pytest.mark.parametrize("planes", [1, 2])
-def test_fields_of_planes_are_packed(planes: int, widths: tuple[int, ...], rows: int) -> None:
-    for vectors in (1, 2, 3):
-        columns = 32 // min(widths) * vectors
-        codes = noise(rows, 2, planes, columns, below=1 << sum(widths))
-        size = -(-rows // 16) * codes[0].size * 2
-        low, high = room(size * widths[0]), room(size * sum(widths[1:]))
-        retile.pack_planes(codes, low, high, widths)
-        assert low.tobytes() == slow_fields(codes, 0, widths[0]).tobytes()
-        if widths[1:]:
-            assert high.tobytes() == slow_fields(codes, *widths).tobytes()
-
-
-def test_planes_may_lie_anywhere_and_strings_apart() -> None:
-    codes = noise(33, 3, 64, 2, below=8).transpose(0, 1, 3, 2)  # columns do not touch
-    codes_of_rows = np.ascontiguousarray(codes.transpose(2, 1, 0, 3)).transpose(2, 1, 0, 3)  # planes are the slowest
-    for given_codes in (codes, codes_of_rows):
-        low, high = room(3 * 2000).reshape(3, 2000), room(3 * 1024).reshape(3, 1024)
-        retile.pack_planes(given_codes, low[:, 100:1636], high[:, 256:], (2, 1))
-        assert low[:, 100:1636].tobytes() == slow_fields(codes, 0, 2).tobytes()
-        assert high[:, 256:].tobytes() == slow_fields(codes, 2, 1).tobytes()
-        assert set(low[:, :100].flat) | set(low[:, 1636:].flat) | set(high[:, :256].flat) == {0xA5}
-
-
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("quads", [32, 96])
-def test_quads_become_streams(quads: int, rows: int) -> None:
-    codes, out = noise(rows, quads, below=32), room(-(-rows // 16) * quads * 10)
-    retile.pack_quads(codes, out)
-    assert out.tobytes() == slow_stream(codes).tobytes()
+@pytest.mark.parametrize("bits", [4, 6])
+def test_every_code_is_looked_up(bits: int) -> None:
+    table = np.append(np.uint8(0), noise(63))
+    data = np.repeat(np.arange(1 << bits, dtype=np.uint8), 2)[:, None].repeat(2, 1).reshape(-1)
+    source = retile.Source(data, np.arange(2 << bits) * 2, 0)
+    codes = np.tile(np.arange(bits), (4, 1)) + np.array([0, 0, 8, 8])[:, None]
+    to = np.arange(16).reshape(4, 4)
+    looked_up = retile.Wanted(np.zeros(bits, int), codes, to, retile.LOOK_UP, table, np.array([0, 4, 4, 0]))
+    check([looked_up], [source], 1, [1])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_number_of_threads_writes_the_same(count: int) -> None:
-    rows = 16 * 40 + 5
-    source = noise(rows, 66 * 32)
-    codes, scale = room(41 * 16 * 64 * 32), room(41 * 16 * 2 * 32)
-    low, stream = room(41 * 16 * 528), room(41 * 10 * 2112)
+    bits = np.arange(512)[None]
+    program = retile.program([plain(bits, bits[:, ::-1], (0,) * 512)], 16)
+    sources, out = [rows_of(16 * 81 + 5, 64 * 9, 64)], room(82 * 9 * 1024).reshape(82, -1)
     with threads.limit(count):
-        retile.retile(source, retile.Move(codes, 0, 64, 66, 32), retile.Move(scale, 64, 2, 66, 32, 2))
-        retile.pack_planes(source[:, None, None] & 3, low, room(0), (2,))
-        retile.pack_quads(source & 31, stream)
-    assert codes.tobytes() == slow_tiles(source, 0, 64, 66, 32, 4).tobytes()
-    assert scale.tobytes() == slow_tiles(source, 64, 2, 66, 32, 2).tobytes()
-    fields = (source & 3).reshape(rows, -1, 4, 4) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    assert (
-        low.tobytes() == slow_tiles(np.bitwise_or.reduce(fields, axis=2).reshape(rows, -1), 0, 528, 0, 1, 4).tobytes()
-    )
-    bits = (source & 31)[..., None] >> np.arange(5, dtype=np.uint8) & 1
-    packed = np.packbits(bits.reshape(rows, -1), axis=1, bitorder="little")
-    assert stream.tobytes() == slow_tiles(packed, 0, packed.shape[1], 0, 1, 4).tobytes()
+        retile.rearrange(program, sources, 9, [retile.Target(out, 16, 4)])
+    stored = np.unpackbits(sources[0].data.reshape(-1, 9, 64), axis=2, bitorder="little")[..., ::-1]
+    padded = np.zeros((82 * 16, 9, 64), np.uint8)
+    padded[: len(stored)] = np.packbits(stored, axis=2, bitorder="little")
+    assert out.tobytes() == padded.reshape(82, 16, -1, 4).transpose(0, 2, 1, 3).tobytes()
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4096, pages.HUGE - 1, pages.HUGE, 3 * pages.HUGE + 5])
@@ -239,43 +198,20 @@ def test_memory_without_large_pages_is_as_good(monkeypatch) -> None:  # type: ig
     assert memory.ctypes.data % 64 == 0
 
 
-NO_BYTES = np.empty(0, np.uint8)
+def refused(source: retile.Source, times: int, out: np.ndarray, kind: tuple[int, int, bool] = (16, 4, False)) -> None:
+    bits = np.arange(32)[None]
+    retile.rearrange(retile.program([plain(bits, bits, (0,) * 32)], 1), [source], times, [retile.Target(out, *kind)])
+
+
 REFUSED = {
-    "no rows": (lambda: retile.retile(NO_BYTES), r"rows to tile are uint8 \(0,\), needs uint8 \(rows, row bytes\)"),
-    "no bytes": (lambda: interleave(np.zeros((1, 4), "f4"), room(64), 4), "rows to tile are float32"),
-    "beyond the row": (
-        lambda: interleave(noise(1, 33), room(512), 32, 2),
-        "1 runs of 32 bytes, .* from byte 2 on, end at byte 34, rows have 33",
+    "groups": (lambda: refused(rows_of(17, 4), 1, noise(1, 64)), r"out is \(1, 64\), needs groups of 16 of 17 rows"),
+    "runs": (lambda: refused(rows_of(16, 8, 4), 2, noise(1, 96)), "and 2 runs of whole vectors"),
+    "backwards": (
+        lambda: refused(rows_of(16, 8, -4), 2, noise(1, 128)),
+        "16 rows from byte 0 on, runs every -4 bytes, needs 16 rows, and no negative numbers",
     ),
-    "before the row": (
-        lambda: interleave(noise(1, 33), room(512), 32, -1),
-        "from byte -1 on, end at byte 31, rows have 33",
-    ),
-    "half a unit": (lambda: interleave(noise(1, 33), room(512), 6), "6 bytes in units of 4, needs whole units"),
-    "no unit": (lambda: interleave_values(noise(1, 33), room(512), 0, 3, 1, 3), "3 bytes in units of 3"),
-    "small out": (
-        lambda: interleave(noise(17, 8), room(128), 8),
-        r"out is uint8 \(128,\), needs uint8 \(2, 128\)",
-    ),
-    "no memory of one's own": (
-        lambda: interleave(noise(1, 4), np.frombuffer(bytes(64), np.uint8), 4),
-        "out cannot be written to, needs memory of one's own",
-    ),
-    "out of floats": (lambda: interleave(noise(1, 4), np.zeros(64, "f4"), 4), r"out is float32 \(64,\)"),
-    "widths": (
-        lambda: retile.pack_planes(noise(1, 1, 1, 32), room(64), NO_BYTES, (3,)),
-        r"codes have widths \(3,\), needs one of \(1,\), \(2,\)",
-    ),
-    "columns": (
-        lambda: retile.pack_planes(noise(1, 1, 1, 16), room(64), NO_BYTES, (1,)),
-        r"blocks have 16 columns, needs a multiple of 32 for widths \(1,\)",
-    ),
-    "high": (
-        lambda: retile.pack_planes(noise(1, 1, 1, 32), room(128), room(128), (2, 1)),
-        r"high is uint8 \(128,\), needs uint8 \(1, 64\)",
-    ),
-    "codes": (lambda: retile.pack_planes(noise(1, 4), room(64), NO_BYTES, (8,)), r"needs uint8 \(rows, blocks, planes"),
-    "quads": (lambda: retile.pack_quads(noise(1, 33), room(320)), "rows have 33 quads, needs a multiple of 32"),
+    "lanes": (lambda: refused(rows_of(16, 4), 1, noise(1, 64), (8, 4, False)), "8 rows in units of 4, needs one of"),
+    "unit": (lambda: refused(rows_of(16, 4), 1, noise(1, 64), (16, 3, False)), "16 rows in units of 3, needs one of"),
 }
 
 

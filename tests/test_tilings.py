@@ -25,9 +25,10 @@ from packfmt.errors import LayoutError, PlanError
 from packfmt.exporters import Extras
 from packfmt.exporters import safetensors as container
 from packfmt.kernels import simd
-from packfmt.layout import Codes, Component, Layout, Values, cols, dtype_of, grid, rows
+from packfmt.layout import Axis, Codes, Component, Digit, Grid, Layout, Values, cols, dtype_of, grid, rows
 from packfmt.plan import Plan, Step
 from tests.models import folder, normal, tensors
+from tests.outputs import save
 
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
@@ -35,7 +36,7 @@ Shape = tuple[int, int]
 
 WITHOUT = {
     *("f32", "f16", "bf16", "if4", "if4_h16", "ptq161", "nvfp4_rows", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp8_e4m3_h64"),
-    *("e4m3_tensor", "e5m0_g8", "ct_int4_g4", "tl2_32_48_32_24", "tl2_64_128_32_96", *codecs.FAMILIES["fp8"]),
+    *("e4m3_tensor", "e5m0_g8", "ct_int4_g4", *codecs.FAMILIES["fp8"]),
 }
 OF_QUADS = {n for n in NAMES if layout_of(n).grid.name in ("quads", "quads_in_fives")}
 TILED = [n + "_tile16" for n in NAMES if n not in WITHOUT]
@@ -94,7 +95,8 @@ def test_what_has_no_tiling_says_so(name: str) -> None:
 def test_the_tiling_is_the_same_for_every_shape(name: str) -> None:
     layout, wanted = layout_of(of(name)), codecs.get(name).layout
     assert wanted.name == name
-    for shape in (*shapes(layout), *((h, w * 7) for h, w in shapes(layout)), (shapes(layout)[0][0] * 40, 4096)):
+    high, wide = shapes(layout)[0]
+    for shape in (*shapes(layout), *((h, w * 7) for h, w in shapes(layout)), (high * 40, wide * (4096 // wide))):
         found = tilings.tile(layout, shape, form_of(name))
         assert found is not None and found.layout == wanted and found.layout.id == wanted.id, shape
 
@@ -129,6 +131,37 @@ def test_codes_and_scales_stay_what_they_are_where_the_grid_does(name: str) -> N
     kept |= {"codes"} if layout.grid == target.grid else set()
     for part in kept & before.keys():
         assert before[part].tobytes() == after[part].tobytes(), part
+
+
+@pytest.mark.parametrize("name", [n for n in (*TILED, *LOOKED_UP) if not n.startswith("tl")])
+def test_many_runs_of_columns_and_a_rest(name: str) -> None:
+    """And rows that share bytes with those of a quarter further on, such as BitNet's."""
+    layout = layout_of(of(name))
+    for shape in ((256, 2304), (70, 1024)):
+        shape = tuple(-(-n // layout.block[a]) * layout.block[a] for n, a in zip(shape, ("rows", "cols"), strict=True))
+        packed = in_order(random_weight(layout, (shape[0], shape[1]), 0, "bytes"))
+        found = tiled(packed, name)
+        assert raw(in_order(found)) == raw(found), shape
+        with np.errstate(all="ignore"):
+            assert bits(found.decode(), False) == bits(packed.decode(), False), shape
+
+
+def test_bits_that_go_backwards_or_in_bytes_of_several_parts() -> None:
+    """Columns from the last to the first; and a row's scales behind all of its codes."""
+    backwards = Component("codes", (rows(), cols(2, reverse=True)), (Codes("codes", 4, (), (cols(1, 2, True),)),))
+    behind = Component(
+        "row", (rows(),), (Codes("codes", 4, (cols(2),), (cols(1, 2),)), Values("scale", "<f2", (cols(64),)))
+    )
+    scale = Component("scale", (rows(reverse=True), cols(64)), (Values("scale", "<f2"),))
+    for components in ((backwards, scale), (behind,)):
+        layout = Layout("seen_by_nobody", components, grid("affine", zero=8))
+        for shape in ((40, 1024), (3, 192)):
+            packed = in_order(PackedTensor(layout, shape, random_components(layout, shape, np.random.default_rng(0))))
+            found = tilings.tile(layout, shape)
+            assert found is not None
+            tiles = PackedTensor(found.layout, shape, retiling.tiled(layout, shape, packed.components))
+            assert raw(in_order(tiles)) == raw(tiles), shape
+            assert bits(tiles.decode()) == bits(packed.decode()), shape
 
 
 @every
@@ -212,9 +245,9 @@ def test_no_rows_and_no_columns(name: str, shape: Shape) -> None:
         ("mxfp4_words32", r"mxfp4 has no such tiling, which is for codes of four weights; use mxfp4 itself$"),
         ("bf16_words32", r"bf16 has no tiling, for products take it as numbers"),
         ("ct_int4_g4_tile16", r"ct_int4_g4 has no tiling, for no tile holds its codes or groups"),
-        ("mxfp4_tile32", r"no format is called 'mxfp4_tile32'; did you mean <format>_tile16\?"),
-        ("mxfp4_tile", r"did you mean <format>_tile16\?"),
-        ("_tile16", r"no format is called '_tile16'; did you mean <format>_tile16\?"),
+        ("mxfp4_tile32", r"no format is called 'mxfp4_tile32'; did you mean mxfp4_tile16\?"),
+        ("mxfp4_tile", r"did you mean mxfp4_tile16\?"),
+        ("_tile16", r"no format is called '_tile16'; did you mean <format>_tile16, _words32 or _nibbles32\?"),
     ],
 )
 def test_names_that_no_tiling_has(name: str, says: str) -> None:
@@ -307,7 +340,7 @@ def test_a_file_of_the_tiles_of_a_layout_that_nobody_knows_is_valid(
     held = packfmt.prepare(PackedTensor(layout, (5, 64), codecs.get("q4_0").encode(normal(5, 64)).components)).packed
     assert held.layout.name == "nobody_knows_this" + "_tile16" * (not simd.INTERPRETED)
     step = Step("w", held.shape, held.dtype, held.layout, held.layout, "keep", "")
-    container.write(tmp_path / "m.safetensors", Plan("", "safetensors", (step,)), iter([held]), Extras())
+    save(container, tmp_path / "m.safetensors", Plan("", "safetensors", (step,)), iter([held]), Extras())
     assert verify.validate(tmp_path / "m.safetensors") == []
     assert said(capsys, "validate", tmp_path / "m.safetensors")[0] == 0
     assert said(capsys, "verify", tmp_path / "m.safetensors")[0] == 0
@@ -315,37 +348,76 @@ def test_a_file_of_the_tiles_of_a_layout_that_nobody_knows_is_valid(
 
 # ---------------------------------------------------------------- descriptions that nobody has seen
 
-SCALES = ("<f2", "<f4", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu")
+DTYPES = ("<f2", "<f4", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu", "<f8", "i1", "<u2", "?")  # of scales
+KINDS = ("affine", "quotient", "affine_zero", "planes", "levels", "table", "scaled")
+ELEMENTS = {"float4_e2m1fn": 4, "int4": 4, "float6_e2m3fn": 6, "int8_f6": 8, "float8_e5m2": 8, "float8_e4m3fn": 8}
+NAMED = ("float8_e4m3fn", "float8_e8m0fnu", "ufloat8_e6m2", "ufloat7_e4m3")
+
+
+@st.composite
+def grids_of(draw: st.DrawFn, group: int) -> tuple[Grid, list[Wanted]]:
+    """A grid of whole steps, or of floats, and its parts; (1 or all rows, group) share a scale."""
+    kind, width, dtype = draw(st.sampled_from(KINDS)), draw(st.integers(1, 8)), draw(st.sampled_from(DTYPES))
+    shared, more = (draw(st.sampled_from([1, 1, 1, 0])), group), list[Wanted]()
+    if kind == "affine_zero":
+        numbers = grid("affine_zero")
+        more = [Wanted("zero", "", draw(st.integers(1, width)), draw(st.sampled_from([shared, shared, (1, 0)])))]
+    elif kind in ("levels", "table"):
+        width = min(width, 6)
+        values = tuple(draw(st.lists(st.integers(-127, 127), min_size=2**width, max_size=2**width)))
+        numbers = grid("levels", values=values)
+        if kind == "table":
+            dtype, numbers = "u1", grid("table", values=values, exponent=draw(st.integers(0, 255)))
+    elif kind == "scaled":
+        element, named = draw(st.sampled_from(sorted(ELEMENTS))), draw(st.sampled_from(["", *NAMED]))
+        width, dtype, whole = (
+            ELEMENTS[element],
+            "u1" if named else dtype,
+            draw(st.sampled_from(["", "times", "divides"])),
+        )
+        more = [Wanted("global_scale", "<f4", 32, (draw(st.sampled_from([0, 0, 1])), 0))] if whole else []
+        numbers = grid("scaled", element=element, scale=named, global_scale=whole)
+    else:
+        numbers = grid(kind, zero=draw(st.integers(-3, 200)), **({"ratio": 0} if kind == "planes" else {}))
+    scale = Wanted("scale", dtype, 8 * dtype_of(dtype).itemsize, shared)
+    return numbers, [Wanted("codes", "", width, (1, 1)), scale, *more]
 
 
 @st.composite
 def weights(draw: st.DrawFn) -> tuple[Layout, Shape]:
-    """Codes of 1 to 8 bits in groups, arranged in any way."""
-    group = draw(st.sampled_from([4, 8, 16, 32, 64, 128, 256, 0]))
-    shape = (draw(st.integers(1, 40)), (group or draw(st.sampled_from([1, 5, 31, 32, 100]))) * draw(st.integers(1, 2)))
-    width = draw(st.integers(1, 8))
-    shared = (1, group)
-    parts = [Wanted("codes", "", width, (1, 1))]
-    dtype = draw(st.sampled_from(SCALES))
-    parts.append(Wanted("scale", dtype, 8 * dtype_of(dtype).itemsize, shared))
-    kinds = ["affine", "affine_zero", "quotient", "levels"]
-    kind = draw(st.sampled_from(kinds if width <= 6 else kinds[:3]))
-    if kind == "affine_zero":
-        parts.append(Wanted("zero", "", draw(st.integers(1, width)), shared))
-        numbers = grid("affine_zero")
-    elif kind == "levels":
-        values = draw(st.lists(st.integers(-127, 127), min_size=2**width, max_size=2**width))
-        numbers = grid("levels", values=(1, *values[1:]))
-    else:
-        numbers = grid(kind, zero=draw(st.integers(-3, 200)))
-    return replace(draw(layouts(Task(shape, tuple(parts)))), name="seen_by_nobody", grid=numbers), shape
+    """Codes of 1 to 8 bits with their scales, arranged in any way; perhaps in planes, or permuted."""
+    group = draw(st.sampled_from([4, 8, 16, 32, 64, 128, 256, 512, 0]))
+    wide = group or draw(st.sampled_from([1, 5, 31, 32, 100, 256, 300]))
+    shape = draw(st.integers(1, 40)), wide * draw(st.integers(1, 2))
+    numbers, parts = draw(grids_of(group))
+    if numbers.name != "planes" and draw(st.integers(0, 4)) == 0:
+        parts.append(Wanted("perm", "<u4", 32, (0, 1)))
+    layout = replace(draw(layouts(Task(shape, tuple(parts)))), name="seen_by_nobody", grid=numbers)
+    return (in_planes(draw, layout) if numbers.name == "planes" else layout), shape
+
+
+def in_planes(draw: st.DrawFn, layout: Layout) -> Layout:
+    """The same components several times, in cells that follow one another in any way."""
+    components = []
+    for component in layout.components:
+        assert isinstance(component, Component)
+        at = draw(st.integers(0, len(component.over)))
+        over = (*component.over[:at], Digit("plane"), *component.over[at:])
+        components.append(replace(component, over=over))
+    row_axis, column_axis = layout.axes
+    planes = Axis("plane", size=draw(st.integers(1, 3)))
+    return replace(layout, components=tuple(components), axes=(row_axis, planes, column_axis))
 
 
 @pytest.mark.kernels
 @given(drawn=weights(), seed=st.integers(0, 99))
 def test_any_description_is_tiled_to_the_same_numbers(drawn: tuple[Layout, Shape], seed: int) -> None:
     layout, shape = drawn
-    packed = in_order(PackedTensor(layout, shape, random_components(layout, shape, np.random.default_rng(seed))))
+    rng = np.random.default_rng(seed)
+    packed = PackedTensor(layout, shape, random_components(layout, shape, rng))
+    if "perm" in (parts := packed.unpack()):
+        parts["perm"] = rng.permutation(shape[1]).astype("<u4").reshape(parts["perm"].shape)
+        packed = PackedTensor(layout, shape, placement.pack(layout, shape, parts))
     x = activations(2, shape[1], seed)
     wanted = slow.product(packed, x)
     for product in (packed.matmul(x), packfmt.prepare(packed).matmul(x)):

@@ -134,7 +134,7 @@ def arrange(cols: int, block: int | Ints, columns: Ints | None = None) -> Order:
 def _stays_in_blocks(columns: Ints, cols: int, ends: Ints) -> bool:
     """Whether each column of x is there once, in the block that it would be in anyway."""
     at = np.flatnonzero(columns >= 0)
-    once = len(at) == cols and len(np.unique(columns[at])) == cols
+    once = len(at) == cols and bool((np.bincount(columns[at], minlength=cols) == 1).all())
     return once and np.array_equal(np.searchsorted(ends, at, "right"), np.searchsorted(ends, columns[at], "right"))
 
 

@@ -1,16 +1,17 @@
-"""Bring rows of packed codes into tiles of 16 rows, as fast as memory is read and written.
+"""Bring rows of packed weights into tiles of 16 or 32 rows, as fast as memory is read and written.
 
-In a tile the rows are lanes: vector d holds dword d (four bytes) of 16 rows, row r in bytes 4 r to 4 r + 3, and a group
-of 16 rows is one stretch of memory. Rows that fill up the last group are zeros.
+In a tile the rows are lanes: four bytes (or two, or one) of every row, then the next four of every row; a group of
+rows is one stretch of memory, and rows that fill up the last one are zeros. What a tile holds of a row are bits that
+the row has, somewhere, or what a small table or base 3 makes of some. So a dword of 16 rows is a vector, and a short
+program of shifts makes the tile's dwords from the row's, the same for all rows and all runs of columns:
 
-    retile            bytes of rows, of any record around them: codes, scales, zero points in one pass
-    pack_planes       one code a byte -> fields of 1, 2, 4 or 8 bits, or of two such widths
-    pack_quads        one code a byte -> a dense stream of 5 bits for each row
+    program      which bits go where -> a Program
+    rearrange    runs it over the rows of several arrays at once
 
-Bytes are moved, never computed with. The loops get addresses, so that one compiled function serves arrays of any
-strides, also those that cannot be written; the doors keep the arrays alive and see to it that nothing beyond them is
-read. Vectors of 64 bytes are stored past the cache: they are read when all is done, and not read before they are
-overwritten.
+The loop reads the program as it goes. That costs less than the memory does, for what it reads once it does for 32
+rows; and one compiled function serves every layout. It gets addresses, so that rows may lie anywhere; the door keeps
+the arrays alive and sees to it that nothing beyond them is read. Tiles are stored past the cache: they are read when
+all is done, and not read before they are overwritten.
 """
 
 from __future__ import annotations
@@ -25,502 +26,384 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import pages, threads
+from packfmt.kernels import pages, simd, threads
+from packfmt.kernels.simd import VERSION
+from packfmt.kernels.simd_code import I8, I32, I64, call, order
 from packfmt.kernels.vectors import INTERPRETED, _wait_for_stores
 
 LANES = 16  # rows of a tile
 VECTOR = 64  # bytes: a dword of each row
 AHEAD = 256  # bytes of each row that are asked for early: up to 1.1 times as fast as without, and as 1024
-STRIP = 1 << 20  # bytes of rows that stay in the cache between two moves out of them
 LEAST = 1 << 17  # bytes that are worth a thread
-QUADS = 32  # codes of 5 bits that fill five dwords
-WIDTHS = ((1,), (2,), (4,), (8,), (2, 1), (4, 1), (4, 2))
 
 
-class Move(NamedTuple):
-    """Where bytes of each row lie, and where they go: out[g, i, u, r] = unit u of run i of row 16 g + r.
+class Program(NamedTuple):
+    """How a run of a row becomes a run of the tile: dwords are read, their bits gathered in others, and some written.
 
-    out : (groups * times * size * 16,) uint8, or (groups, times * size * 16) whose rows may lie apart
-    first : the byte of a row where its first run begins
-    size : bytes of a run, a multiple of `unit`
-    record : bytes from one run to the next
-    times : runs of a row
-    unit : 4 for codes, 1, 2 or 4 for values of as many bytes
+    In the room, a dword is a vector that holds it of 16 rows. Loads fill it from the first on, 16 at a time; what the
+    last ones hold is written.
+
+    loads : (n, 2) int64: which source, and the byte of a run from which 64 bytes are read
+    steps : (n, 4) int64: kind, dword of the room that is made, and first and last but one of its moves
+        PLAIN: the bits that its moves find
+        LOOK_UP: of each byte of those the byte of `table`, for what is below 64
+        DIGITS: their bytes' digits of base 3, the highest first: five dwords of codes 0 to 2
+    moves : (n, 3) int64: a dword of the room, how far its bits are turned right, and which are taken then
+    table : (64,) uint8
+    """
+
+    loads: np.ndarray
+    steps: np.ndarray
+    moves: np.ndarray
+    table: np.ndarray
+
+
+class Source(NamedTuple):
+    """Bytes in which a run of each row begins `rows` bytes, and the next one `record` bytes further on.
+
+    data : (bytes,) uint8
+    rows : (rows,) int64
+    """
+
+    data: np.ndarray
+    rows: np.ndarray
+    record: int
+
+
+PLAIN, LOOK_UP, DIGITS = range(3)
+KINDS = [(16, 4, False), (16, 2, False), (16, 1, False), (32, 4, False), (32, 2, False), (32, 1, False), (32, 1, True)]
+PAIR = 2 * LANES  # rows that go together
+PIECE = 64  # bytes of a row that are read at once
+
+
+class Target(NamedTuple):
+    """Where runs go, one after the other: (groups, bytes) uint8.
+
+    lanes : rows of a group, 16 or 32
+    unit : bytes of a row that lie together, 1, 2 or 4, then come those of the next row
+    woven : whether the rows are 0, 16, 1, 17 ...; of 32, in units of 1
     """
 
     out: np.ndarray
-    first: int
-    size: int
-    record: int
-    times: int
-    unit: int = 4
+    lanes: int
+    unit: int
+    woven: bool = False
 
 
-def retile(source: np.ndarray, *moves: Move) -> None:
-    """Interleave 16 rows, unit by unit, as each of the moves says; the source is read from memory once.
-
-    Parameters
-    ----------
-    source : (rows, row bytes) uint8; rows may lie apart
-    *moves : what goes where, one after the other
+def rearrange(program: Program, sources: Sequence[Source], times: int, targets: Sequence[Target]) -> None:
+    """Bring bits of rows into tiles, so many runs of each row. The last dwords of the room are the targets', in order.
 
     Raises
     ------
     LayoutError
-        If a move leaves the rows, or its `out` has another size.
+        If a target has not as many rows as the sources, several runs that are no whole vectors, or no such lanes; or
+        a source begins before its first byte, or goes backwards.
     """
-    if source.dtype != np.uint8 or source.ndim != 2:
-        raise LayoutError(f"rows to tile are {source.dtype} {source.shape}, needs uint8 (rows, row bytes)")
-    rows, groups = len(source), -(-len(source) // LANES)
-    moves = tuple(_whole(_checked(move, source.shape), groups) for move in moves if move.size * move.times)
-    if INTERPRETED:
-        for move in moves:
-            _retile_plainly(source, move)
+    rows, lanes = len(sources[0].rows), targets[0].lanes
+    for target in targets:
+        if (target.lanes, target.unit, target.woven) not in KINDS or target.lanes != lanes:
+            raise LayoutError(
+                f"{target.lanes} rows in units of {target.unit}, needs one of {', '.join(map(str, KINDS))}"
+            )
+        if len(target.out) != -(-rows // lanes) or target.out.shape[1] % (times * VECTOR if times > 1 else 1):
+            shape = target.out.shape
+            raise LayoutError(
+                f"out is {shape}, needs groups of {lanes} of {rows} rows, and {times} runs of whole vectors"
+            )
+    for source in sources:
+        if min(int(source.rows.min(initial=0)), source.record) < 0 or len(source.rows) != rows:
+            where = (
+                f"{len(source.rows)} rows from byte {source.rows.min(initial=0)} on, runs every {source.record} bytes"
+            )
+            raise LayoutError(f"a source has {where}, needs {rows} rows, and no negative numbers")
+    if not rows or not times:
         return
-    if source.strides[1] != 1 or source.strides[0] < 0:
-        source = np.ascontiguousarray(source)
-    targets = [_aligned(move.out) if move.unit == 4 else move.out for move in moves]
-    direct = _direct_groups(source, moves)
-    strip = max(1, STRIP // max(1, LANES * source.shape[1]))
+    run = _rearrange_plainly if INTERPRETED else _rearrange_in_vectors
+    aligned = [target._replace(out=_aligned(target.out)) for target in targets]
+    reach = [
+        max((PIECE + int(byte) for which, byte in program.loads if which == k), default=0) for k in range(len(sources))
+    ]
+    direct, each = _direct_pairs(sources, times, reach), PAIR * sum(times * source.record for source in sources)
 
-    def work(start: int, stop: int) -> None:
-        for out in targets:
-            _touch(start, stop, _address(out), out.strides[0])
-        for first in range(start, stop, strip):
-            for move, out in zip(moves, targets, strict=True):
-                _retile(source, move, out, first, min(first + strip, stop))
+    def some(start: int, stop: int, alone: Sequence[Source] | None = None) -> None:
+        if start == stop:
+            return
+        groups, places = slice(PAIR // lanes * start, PAIR // lanes * stop), slice(PAIR * start, PAIR * stop)
+        from_ = alone or [source._replace(rows=source.rows[places]) for source in sources]
+        run(program, from_, times, [target._replace(out=target.out[groups]) for target in aligned])
 
-    threads.spread(work, direct, -(-LEAST // max(1, LANES * source.shape[1])))
-    if direct < groups:
-        rest = np.zeros((LANES * (groups - direct), source.shape[1] + LANES), np.uint8)
-        rest[: rows - LANES * direct, : source.shape[1]] = source[LANES * direct :]
-        for move, out in zip(moves, targets, strict=True):
-            _retile(rest, move, out[direct:], 0, groups - direct)
-    _settle([move.out for move in moves], targets)
+    threads.spread(some, direct, -(-LEAST // max(1, each)))
+    for pair in range(direct, -(-rows // PAIR)):
+        alone = [_apart(s, PAIR * pair, (times - 1) * s.record + more) for s, more in zip(sources, reach, strict=True)]
+        some(pair, pair + 1, alone)
+    for target, other in zip(targets, aligned, strict=True):
+        if target.out is not other.out:
+            target.out[...] = other.out[:, : target.out.shape[1]]
 
 
-def pack_planes(codes: np.ndarray, low: np.ndarray, high: np.ndarray, widths: tuple[int, ...]) -> None:
-    """Make the strings of codes that tiles of 16 rows consist of: low[g, b, p, v, r], high likewise, are dwords.
+class Wanted(NamedTuple):
+    """Elements that a program makes of bits.
 
-    Of width w, byte j of vector v holds in bits [f w, f w + w) the code of column 4 (v (8 / w) + f) + j of the block:
-    its low bits in `low`, those above, where there is a second width, in `high`.
-
-    Parameters
-    ----------
-    codes : (rows, blocks, planes, columns) uint8, each below 2**sum(widths); only the columns of a block must touch
-    low, high : flat uint8, or (groups, bytes) whose rows may lie apart; `high` is empty without a second width
-    widths : (1,) (2,) (4,) (8,) (2, 1) (4, 1) or (4, 2)
-
-    Raises
-    ------
-    LayoutError
-        If there are no such widths, the columns are no whole vectors, or sizes do not fit.
+    source : (n,) int64: which of the sources has bit i of what an element is made of
+    bits : (elements, n) int64: where in a run of a row these bits are
+    to : (elements, m) int64: where the element's go, as bits of the last dwords of the room
+    kind : PLAIN, and then m is n; or LOOK_UP, of up to 6 bits; or DIGITS, of 8
+    table : (64,) uint8, which has 0 for 0
+    low : (elements,) int64: of DIGITS which of the five, else which bit of a byte of the table is the element's first
     """
-    if widths not in WIDTHS:
-        raise LayoutError(f"codes have widths {widths}, needs one of {', '.join(map(str, WIDTHS))}")
-    rows, blocks, planes, columns = _codes(codes, 4, "(rows, blocks, planes, columns)")
-    if columns % (32 // min(widths)):
-        raise LayoutError(f"blocks have {columns} columns, needs a multiple of {32 // min(widths)} for widths {widths}")
-    groups = -(-rows // LANES)
-    strings = tuple(
-        _rows_of(out, groups, blocks * planes * columns * width * 2, name)
-        for out, width, name in zip((low, high), (*widths, 0), ("low", "high"), strict=False)
-    )
-    if not codes.size:
-        return
-    if INTERPRETED:
-        return _pack_planes_plainly(codes, strings, widths)
-    if codes.strides[3] != 1:
-        codes = np.ascontiguousarray(codes)
-    chunk = 32 // min(widths) if columns % 16 else max(16, 32 // min(widths))
-    kernel = _planes_kernel(widths[0], sum(widths[1:]), chunk)
-    targets = [_aligned(out) for out in strings]
 
-    def run(part: np.ndarray, start: int, stop: int, to: int) -> None:
-        sizes = _Blocks(blocks, planes, columns, *part.strides[:3])
-        where = [number for out in targets for number in (_address(out[to:]), out.strides[0])]
-        _touch(start, stop, *where[:2])
-        kernel(start, stop, _address(part), sizes, *where)
-
-    _by_groups(codes, run)
-    _settle(strings, targets)
+    source: np.ndarray
+    bits: np.ndarray
+    to: np.ndarray
+    kind: int
+    table: np.ndarray
+    low: np.ndarray
 
 
-def pack_quads(codes: np.ndarray, out: np.ndarray) -> None:
-    """Make a stream of 5 bits a code for each row, little-endian, and interleave the dwords of 16 rows.
+def program(wanted: Sequence[Wanted], dwords: int) -> Program:
+    """What makes so many dwords, in which bits that nobody wants are 0. One at most is not PLAIN."""
+    keys = [np.unique(w.bits, axis=0, return_inverse=True) if w.kind else (w.bits, w.low) for w in wanted]
+    loads, places = _loads([(np.broadcast_to(w.source, k.shape), k) for w, (k, _) in zip(wanted, keys, strict=True)])
+    steps, moves, first = list[list[int]](), list[tuple[int, ...]](), PIECE // 4 * len(loads)
+    table = np.zeros(64, np.uint8)
+    for i, w in enumerate(wanted):
+        if not w.kind:
+            continue
+        # elements are looked up side by side in dwords of their own
+        table, key, made = w.table, np.arange(len(places[i])), keys[i][1].reshape(-1)
+        count, each = -(-len(key) // 4), 5 if w.kind == DIGITS else 1
+        into = 8 * key[:, None] + np.arange(places[i].shape[1])
+        _gather(steps, moves, into, places[i], first, count, each, w.kind)
+        digit, bit = (w.low, 0) if w.kind == DIGITS else (0, w.low)
+        start = 32 * (first + each * (made // 4) + digit) + 8 * (made % 4) + bit
+        places[i] = start[:, None] + np.arange(w.to.shape[1])
+        first += each * count
+    to, found = (np.concatenate([array.reshape(-1) for array in arrays]) for arrays in ([w.to for w in wanted], places))
+    _gather(steps, moves, to, found, first, dwords, 1, PLAIN)
+    numbers = [np.array(rows, np.int64).reshape(-1, n) for rows, n in ((loads, 2), (steps, 4), (moves, 3))]
+    return Program(numbers[0], numbers[1], numbers[2], table)
 
-    Parameters
-    ----------
-    codes : (rows, quads) uint8, each below 32; quads a multiple of 32
-    out : (groups * quads * 10,) uint8, or (groups, quads * 10) whose rows may lie apart
 
-    Raises
-    ------
-    LayoutError
-        If the quads are no multiple of 32, or `out` has another size.
-    """
-    rows, quads = _codes(codes, 2, "(rows, quads)")
-    if quads % QUADS:
-        raise LayoutError(f"rows have {quads} quads, needs a multiple of {QUADS}")
-    string = _rows_of(out, -(-rows // LANES), quads * 10, "out")
-    if not codes.size:
-        return
-    if INTERPRETED:
-        return _pack_quads_plainly(codes, string)
-    if codes.strides[1] != 1:
-        codes = np.ascontiguousarray(codes)
-    target = _aligned(string)
+def _loads(needs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
+    """The pieces that hold bits (source, bit), and where in the room those are then."""
+    source, bits = (np.concatenate([need[i].reshape(-1) for need in needs]) for i in (0, 1))
+    low = np.array([bits[source == k].min(initial=np.iinfo(np.int64).max) // 8 for k in range(source.max() + 1)])
+    piece = (bits // 8 - low[source]) // PIECE
+    far = int(piece.max()) + 1
+    pieces, which = np.unique(piece + far * source, return_inverse=True)
+    loads = [(int(p // far), int(low[p // far] + PIECE * (p % far))) for p in pieces]
+    places = 8 * PIECE * which.reshape(-1) + bits - 8 * (low[source] + PIECE * piece)
+    cuts = np.cumsum([need[1].size for need in needs])[:-1]
+    return loads, [place.reshape(need[1].shape) for place, need in zip(np.split(places, cuts), needs, strict=True)]
 
-    def run(part: np.ndarray, start: int, stop: int, to: int) -> None:
-        _touch(start, stop, _address(target[to:]), target.strides[0])
-        _pack_quads(start, stop, _address(part), part.strides[0], quads, _address(target[to:]), target.strides[0])
 
-    _by_groups(codes, run)
-    _settle([string], [target])
+def _gather(
+    steps: list[list[int]],
+    moves: list[tuple[int, ...]],
+    to: np.ndarray,
+    found: np.ndarray,
+    first: int,
+    count: int,
+    each: int,
+    kind: int,
+) -> None:
+    """Add steps that make `count` times `each` dwords from `first` on: their bits `to` are bits `found` of the room."""
+    to, found = to.reshape(-1), found.reshape(-1)
+    key = np.stack([to // 32, found // 32, (found - to) % 32])
+    order = np.lexsort(key[::-1])
+    key, bit = key[:, order], np.int64(1) << to[order] % 32
+    starts = np.flatnonzero(np.append(True, (np.diff(key) != 0).any(0)))  # bits that move together
+    ends = np.searchsorted(key[0, starts], np.arange(count + 1)) + len(moves)
+    masks = np.bitwise_or.reduceat(bit, starts)
+    moves += zip(key[1, starts].tolist(), key[2, starts].tolist(), masks.tolist(), strict=True)
+    steps += [[kind, first + each * i, int(ends[i]), int(ends[i + 1])] for i in range(count)]
+
+
+def _direct_pairs(sources: Sequence[Source], times: int, reach: Sequence[int]) -> int:
+    """Pairs of 16 rows, from the first on, that are whole, and of which all that the program loads can be read."""
+    rows = len(sources[0].rows) // PAIR * PAIR
+    good = np.ones(rows // PAIR, bool)
+    for source, more in zip(sources, reach, strict=True):
+        last = source.rows[:rows].reshape(-1, PAIR).max(axis=1, initial=0) + (times - 1) * source.record + more
+        good &= last <= len(source.data)
+    return len(good) if good.all() else int(np.argmin(good))
+
+
+def _apart(source: Source, first: int, size: int) -> Source:
+    """A copy of 32 rows, with zeros behind what there is and for rows that there are not."""
+    room = np.zeros((PAIR, size), np.uint8)
+    for row, begins in zip(room, source.rows[first : first + PAIR].tolist(), strict=False):
+        there = source.data[begins : begins + size]
+        row[: len(there)] = there
+    return Source(room.reshape(-1), np.arange(PAIR) * size, source.record)
+
+
+def _rearrange_in_vectors(program: Program, sources: Sequence[Source], times: int, targets: Sequence[Target]) -> None:
+    groups = len(targets[0].out)
+    room = pages.empty(2 * VECTOR * (int(program.steps[-1, 1]) + 1))
+    places = np.stack([source.rows + _address(source.data) for source in sources])
+    records = np.array([source.record for source in sources])
+    outs = np.array([
+        (_address(out), out.strides[0], out.shape[1] // times // VECTOR, KINDS.index((lanes, unit, woven)))
+        for out, lanes, unit, woven in targets
+    ])  # fmt: skip
+    for address, step, *_ in outs.tolist():
+        _touch(0, groups, address, step)
+    _rearranging(VERSION)(groups, times, places, records, *program, room, outs)
+
+
+def _rearrange_plainly(program: Program, sources: Sequence[Source], times: int, targets: Sequence[Target]) -> None:
+    groups, lanes = len(targets[0].out), targets[0].lanes
+    rows = groups * lanes
+    counts = [-(-target.out.shape[1] // times // (4 * lanes)) for target in targets]
+    powers = np.array([1, 3, 9, 27, 81], np.uint8)[:, None, None]
+    for t in range(times):
+        room = np.zeros((int(program.steps[-1, 1]) + 1, rows), "<u4")
+        for i, (which, byte) in enumerate(program.loads):
+            begins = sources[which].rows[:rows, None] + byte + t * sources[which].record
+            room[PIECE // 4 * i : PIECE // 4 * (i + 1)] = sources[which].data[begins + np.arange(PIECE)].view("<u4").T
+        for kind, to, first, last in program.steps:
+            found = np.zeros(rows, "<u4")
+            for dword, turn, mask in program.moves[first:last]:
+                twice = room[dword] * np.uint64((1 << 32) + 1)
+                found |= (twice >> np.uint64(turn)).astype("<u4") & np.uint32(mask)
+            in_bytes = found.view(np.uint8).reshape(rows, 4)
+            if kind == DIGITS:
+                digits = (in_bytes * powers).astype(np.uint16) * 3 >> 8
+                room[to : to + 5] = digits.astype(np.uint8).view("<u4")[..., 0]
+            else:
+                room[to] = program.table[in_bytes & 63].view("<u4")[:, 0] if kind == LOOK_UP else found
+        first = len(room) - sum(counts)
+        for target, count in zip(targets, counts, strict=True):
+            dwords = np.ascontiguousarray(room[first : first + count].T).view(np.uint8)
+            units = dwords.reshape(groups, lanes, -1, target.unit)
+            if target.woven:
+                units = units.reshape(groups, 2, LANES, -1, 1).swapaxes(1, 2).reshape(groups, lanes, -1, 1)
+            size = target.out.shape[1] // times
+            target.out[:, t * size : (t + 1) * size] = units.swapaxes(1, 2).reshape(groups, -1)[:, :size]
+            first += count
 
 
 # ---- what the doors share
 
 
-def _checked(move: Move, shape: tuple[int, ...]) -> Move:
-    stop = move.first + (move.times - 1) * move.record + move.size
-    if move.unit not in (1, 2, 4) or move.size % move.unit:
-        raise LayoutError(f"runs have {move.size} bytes in units of {move.unit}, needs whole units of 1, 2 or 4")
-    if min(move.first, move.size, move.record, move.times) < 0 or (shape[0] and stop > shape[1]):
-        where = f"{move.times} runs of {move.size} bytes, one every {move.record} from byte {move.first} on"
-        raise LayoutError(f"{where}, end at byte {stop}, rows have {shape[1]}")
-    return move
-
-
-def _whole(move: Move, groups: int) -> Move:
-    """With `out` as (groups, bytes), and runs that touch as one."""
-    move = move._replace(out=_rows_of(move.out, groups, move.times * move.size * LANES, "out"))
-    if move.record == move.size:
-        move = move._replace(size=move.size * move.times, record=move.size * move.times, times=1)
-    return move
-
-
-def _rows_of(out: np.ndarray, groups: int, size: int, name: str) -> np.ndarray:
-    """(groups, size), a view."""
-    if not out.flags.writeable:
-        raise LayoutError(f"{name} cannot be written to, needs memory of one's own")
-    if out.dtype == np.uint8 and (out.shape == (groups, size) or out.shape == (groups * size,)):
-        rows = out.reshape(groups, size)
-        if rows.strides[-1:] == (1,) or not rows.size:
-            return rows
-    raise LayoutError(f"{name} is {out.dtype} {out.shape}, needs uint8 ({groups}, {size}), or as many bytes in a row")
-
-
-def _codes(codes: np.ndarray, axes: int, names: str) -> tuple[int, ...]:
-    if codes.dtype != np.uint8 or codes.ndim != axes:
-        raise LayoutError(f"codes are {codes.dtype} {codes.shape}, needs uint8 {names}")
-    return codes.shape
-
-
 def _aligned(out: np.ndarray) -> np.ndarray:
-    """The same array, or another for the time being: stores past the cache need whole lines."""
-    if _address(out) % VECTOR or (len(out) > 1 and out.strides[0] % VECTOR):
-        return pages.empty(out.size).reshape(out.shape)
+    """The same array, or a wider one for the time being: stores past the cache need whole lines."""
+    if out.shape[1] % VECTOR or _address(out) % VECTOR or (len(out) > 1 and out.strides[0] % VECTOR):
+        wide = -(-out.shape[1] // VECTOR) * VECTOR
+        return pages.empty(len(out) * wide).reshape(len(out), wide)
     return out
-
-
-def _settle(outs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> None:
-    """Bring what was written elsewhere to its place."""
-    for out, target in zip(outs, targets, strict=True):
-        if out is not target:
-            out[...] = target
 
 
 def _address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _direct_groups(source: np.ndarray, moves: tuple[Move, ...]) -> int:
-    """Groups of 16 rows of which 16 bytes can be read wherever a run goes on; the others are copied first."""
-    rows, row_bytes = source.shape
-    stride, groups = source.strides[0], rows // LANES
-    reach = max((move.first + (move.times - 1) * move.record + -(-move.size // 16) * 16 for move in moves), default=0)
-    while groups and (LANES * groups - 1) * stride + reach > (rows - 1) * stride + row_bytes:
-        groups -= 1
-    return groups
+# ---- operations on addresses, with what LLVM has on any machine
+
+Write = Callable[[ir.IRBuilder, Any, Any, Any, Any], None]
 
 
-def _by_groups(codes: np.ndarray, run: Callable[[np.ndarray, int, int, int], None]) -> None:
-    """Call run(rows, start, stop, the group where it writes): whole groups in threads, the last rows filled up."""
-    direct, left = divmod(len(codes), LANES)
-    bytes_each = max(1, codes[:LANES].size)
-    threads.spread(lambda start, stop: run(codes, start, stop, 0), direct, -(-LEAST // bytes_each))
-    if left:
-        rest = np.zeros((LANES, *codes.shape[1:]), np.uint8)
-        rest[:left] = codes[LANES * direct :]
-        run(rest, 0, 1, direct)
-
-
-def _retile(source: np.ndarray, move: Move, out: np.ndarray, start: int, stop: int) -> None:
-    if start >= stop:
-        return
-    runs = _Runs(move.first, move.size, move.record, move.times)
-    if move.unit == 4:
-        _interleave(start, stop, _address(source), source.strides[0], _address(out), out.strides[0], runs)
-    else:
-        _values(start, stop, _address(source), source.strides[0], _address(out), out.strides[0], runs, move.unit)
-
-
-def _retile_plainly(source: np.ndarray, move: Move) -> None:
-    groups = len(move.out)
-    places = move.first + move.record * np.arange(move.times)[:, None] + np.arange(move.size)
-    rows = np.zeros((groups * LANES, *places.shape), np.uint8)
-    rows[: len(source)] = source[:, places]
-    units = rows.reshape(groups, LANES, -1, move.unit).transpose(0, 2, 1, 3)
-    move.out[...] = units.reshape(groups, -1)
-
-
-def _pack_planes_plainly(codes: np.ndarray, strings: tuple[np.ndarray, ...], widths: tuple[int, ...]) -> None:
-    rows, blocks, planes, columns = codes.shape
-    below = 0
-    for out, width in zip(strings, widths, strict=False):  # without a second width the second string is empty
-        padded = np.zeros((len(out) * LANES, blocks * planes, columns), np.uint8)
-        padded[:rows] = codes.reshape(rows, -1, columns) >> below & ((1 << width) - 1)
-        fields = padded.reshape(len(out), LANES, blocks * planes, -1, 8 // width, 4)
-        shifts = np.arange(8 // width, dtype=np.uint8)[:, None] * np.uint8(width)
-        vectors = np.bitwise_or.reduce(fields << shifts, axis=4)
-        out[...] = vectors.transpose(0, 2, 3, 1, 4).reshape(len(out), -1)
-        below += width
-
-
-def _pack_quads_plainly(codes: np.ndarray, out: np.ndarray) -> None:
-    bits = np.zeros((len(out) * LANES, codes.shape[1], 5), np.uint8)
-    bits[: len(codes)] = codes[..., None] >> np.arange(5, dtype=np.uint8) & 1
-    stream = np.packbits(bits.reshape(len(bits), -1), axis=1, bitorder="little")
-    out[...] = stream.reshape(len(out), LANES, -1, 4).transpose(0, 2, 1, 3).reshape(len(out), -1)
-
-
-# ---- vectors of LLVM: all of it is there on any machine
-
-BYTE, SHORT, DWORD, INDEX = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-DWORDS = ir.VectorType(DWORD, LANES)
-
-
-class _Code:
-    """The code of one compiled function, to which operations are added."""
-
-    def __init__(self, context: Any, builder: Any) -> None:
-        self.context, self.builder = context, builder
-
-    def pick(self, a: Any, b: Any, places: list[int]) -> Any:
-        """Elements of two vectors, those of the second counted on from those of the first."""
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(DWORD, len(places)), places))
-
-    def load_rows(self, at: Any, stride: Any, dwords: int) -> list[Any]:
-        """So many dwords of each of 16 rows; bytes further on are asked for early."""
-        name, byte = "llvm.prefetch.p0", BYTE.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, DWORD, DWORD, DWORD])
-        ask = self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
-        rows = []
-        for r in range(LANES):
-            place = self.builder.add(at, self.builder.mul(stride, INDEX(r)))
-            early = self.builder.inttoptr(self.builder.add(place, INDEX(AHEAD)), byte)
-            self.builder.call(ask, [early, DWORD(0), DWORD(3), DWORD(1)])  # to read, into all caches, data
-            kind = ir.VectorType(DWORD, dwords)
-            found = self.builder.load(self.builder.inttoptr(place, kind.as_pointer()))
-            found.align = 1
-            rows.append(found)
-        return rows
-
-    def turn(self, rows: list[Any]) -> list[Any]:
-        """16 rows of 16 dwords, or up to 4 -> for each dword a vector of 16 rows."""
-        dwords = rows[0].type.count
-        if dwords == LANES:
-            # quarters[k][c]: lane l has dword 4 l + c of rows 4 k to 4 k + 3
-            quarters = [self.turn_lanes(rows[4 * k : 4 * k + 4]) for k in range(4)]
-            turned: list[Any] = [None] * LANES
-            for c in range(4):
-                a, b, d, e = (quarter[c] for quarter in quarters)
-                for odd in (0, 1):
-                    both = [4 * lane + i for lane in (odd, odd + 2, odd + 4, odd + 6) for i in range(4)]
-                    upper, lower = self.pick(a, b, both), self.pick(d, e, both)
-                    for half in (0, 1):
-                        lanes = [4 * lane + i for lane in (half, half + 2, half + 4, half + 6) for i in range(4)]
-                        turned[4 * (odd + 2 * half) + c] = self.pick(upper, lower, lanes)
-            return turned
-        filled = [min(i, dwords - 1) for i in range(4)]
-        pairs = [
-            [self.pick(rows[i + 8 * h], rows[i + 8 * h + 4], [*filled, *(dwords + j for j in filled)]) for h in (0, 1)]
-            for i in range(4)
-        ]
-        return self.turn_lanes([self.pick(a, b, list(range(LANES))) for a, b in pairs])[:dwords]
-
-    def turn_lanes(self, rows: list[Any]) -> list[Any]:
-        """In each four dwords of four vectors: rows become columns."""
-        low, high = ([4 * lane + i + place for lane in range(4) for i in first for place in (0, 16)]
-                     for first in ((0, 1), (2, 3)))  # fmt: skip
-        a, b, c, d = (self.pick(rows[i], rows[i + 1], half) for i in (0, 2) for half in (low, high))
-        first, second = ([4 * lane + i + place for lane in range(4) for place in (0, 16) for i in pair]
-                         for pair in ((0, 1), (2, 3)))  # fmt: skip
-        return [self.pick(a, c, first), self.pick(a, c, second), self.pick(b, d, first), self.pick(b, d, second)]
-
-    def store(self, to: Any, place: int, vector: Any, past: bool = True) -> None:
-        address = self.builder.add(to, INDEX(VECTOR * place))
-        stored = self.builder.store(vector, self.builder.inttoptr(address, vector.type.as_pointer()))
-        stored.align = VECTOR if past else 1
-        if past:
-            stored.set_metadata("nontemporal", self.builder.module.add_metadata([DWORD(1)]))
-
-    def same(self, number: int) -> Any:
-        return ir.Constant(DWORDS, [number] * LANES)
-
-    def either(self, vectors: list[Any]) -> Any:
-        """The bits of all of them."""
-        found = vectors[0]
-        for other in vectors[1:]:
-            found = self.builder.or_(found, other)
-        return found
-
-    def left(self, vector: Any, bits: int) -> Any:
-        return self.builder.shl(vector, self.same(bits)) if bits else vector
-
-    def right(self, vector: Any, bits: int) -> Any:
-        return self.builder.lshr(vector, self.same(bits)) if bits else vector
-
-
-def _operation(write: Callable[..., None]) -> Any:
-    """An operation of compiled functions on four numbers of 64 bits: where to, where from, rows' stride, one more."""
+def _operation(write: Write) -> Any:
+    """An operation of compiled functions on four numbers of 64 bits."""
 
     def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        write(_Code(context, builder), *given)
+        write(builder, *given)
         return context.get_dummy_value()
 
-    def typed(typing: Any, to: Any, at: Any, stride: Any, other: Any) -> Any:
+    def typed(typing: Any, to: Any, a: Any, b: Any, count: Any) -> Any:
         return types.void(*[types.int64] * 4), code
 
     return intrinsic(typed)
 
 
-def _turn_all_code(c: _Code, to: Any, at: Any, stride: Any, _: Any) -> None:
-    for d, vector in enumerate(c.turn(c.load_rows(at, stride, LANES))):
-        c.store(to, d, vector)
+def _load(build: ir.IRBuilder, at: Any, kind: ir.Type) -> Any:
+    found = build.load(build.inttoptr(at, kind.as_pointer()))
+    found.align = 1
+    return found
 
 
-def _turn_some_code(c: _Code, to: Any, at: Any, stride: Any, count: Any) -> None:
-    for d, vector in enumerate(c.turn(c.load_rows(at, stride, 4))):
-        with c.builder.if_then(c.builder.icmp_signed(">", count, INDEX(d))):
-            c.store(to, d, vector)
+def _store(build: ir.IRBuilder, to: Any, vector: Any) -> Any:
+    stored = build.store(vector, build.inttoptr(to, vector.type.as_pointer()))
+    stored.align = VECTOR
+    return stored
 
 
-def _turn_units_code(size: int) -> Callable[..., None]:
-    def write(c: _Code, to: Any, at: Any, stride: Any, count: Any) -> None:
-        units, unit = VECTOR // size, ir.IntType(8 * size)
-        order = [u for first in range(4 // size) for u in range(first, units, 4 // size)]
-        for d, vector in enumerate(c.turn(c.load_rows(at, stride, 4))):
-            small = c.builder.bitcast(vector, ir.VectorType(unit, units))
-            with c.builder.if_then(c.builder.icmp_signed(">", count, INDEX(d))):
-                c.store(to, d, c.pick(small, small, order), past=False)
+def _pick(build: ir.IRBuilder, a: Any, b: Any, places: Sequence[int]) -> Any:
+    """Elements of two vectors, those of the second counted on from those of the first."""
+    return build.shuffle_vector(a, b, order(places))
+
+
+def _turn_fours(build: ir.IRBuilder, rows: list[Any]) -> list[Any]:
+    """In each four dwords of four vectors: rows become columns."""
+    low, high = (
+        [4 * lane + i + row for lane in range(4) for i in pair for row in (0, 16)] for pair in ((0, 1), (2, 3))
+    )
+    a, b, c, d = (_pick(build, rows[i], rows[i + 1], half) for i in (0, 2) for half in (low, high))
+    first, second = (
+        [4 * lane + row + i for lane in range(4) for row in (0, 16) for i in pair] for pair in ((0, 1), (2, 3))
+    )
+    return [_pick(build, *both, places) for both in ((a, c), (b, d)) for places in (first, second)]
+
+
+def _turn_code(build: ir.IRBuilder, to: Any, at: Any, places: Any, _: Any) -> None:
+    """16 dwords of 16 rows, which begin at places[r] + at -> for each dword a vector of the rows."""
+    begins = build.inttoptr(places, I64.as_pointer())
+    rows = []
+    for r in range(LANES):
+        place = build.add(at, build.load(build.gep(begins, [I64(r)])))
+        early = build.inttoptr(build.add(place, I64(AHEAD)), I8.as_pointer())
+        call(build, "llvm.prefetch.p0", ir.VoidType(), early, I32(0), I32(3), I32(1))  # to read, near, data
+        rows.append(_load(build, place, ir.VectorType(I32, LANES)))
+    # fours[k][c]: in lanes 4 l to 4 l + 3 dword 4 l + c of rows 4 k to 4 k + 3
+    fours = [_turn_fours(build, rows[4 * k : 4 * k + 4]) for k in range(4)]
+    for c in range(4):
+        a, b, d, e = (four[c] for four in fours)
+        for odd in (0, 1):
+            both = [4 * four + i for four in (odd, odd + 2, odd + 4, odd + 6) for i in range(4)]
+            upper, lower = _pick(build, a, b, both), _pick(build, d, e, both)
+            for half in (0, 1):
+                places = [4 * four + i for four in (half, half + 2, half + 4, half + 6) for i in range(4)]
+                dword = 4 * (odd + 2 * half) + c
+                _store(build, build.add(to, I64(VECTOR * dword)), _pick(build, upper, lower, places))
+
+
+def _orders(lanes: int, unit: int, woven: bool) -> list[list[int]]:
+    """Of a dword of 16 rows, and one of 16 more, the bytes in their order in memory."""
+    rows = [r // 2 + r % 2 * LANES for r in range(PAIR)] if woven else range(lanes)
+    places = [4 * row + u + i for u in range(0, 4, unit) for row in rows for i in range(unit)]
+    return [places[at : at + VECTOR] for at in range(0, len(places), VECTOR)]
+
+
+def _write_code(kind: tuple[int, int, bool]) -> Write:
+    """A dword of 16 rows, and one of 16 more where they lie together -> so many vectors past the cache, one or two."""
+
+    def write(build: ir.IRBuilder, to: Any, first: Any, second: Any, count: Any) -> None:
+        a, b = (_load(build, at, ir.VectorType(I8, VECTOR)) for at in (first, second))
+        for v, places in enumerate(_orders(*kind)):
+            with build.if_then(build.icmp_signed(">", count, I64(v))):
+                stored = _store(build, build.add(to, I64(VECTOR * v)), _pick(build, a, b, places))
+                stored.set_metadata("nontemporal", build.module.add_metadata([I32(1)]))
 
     return write
 
 
-def _copy_code(size: int) -> Callable[..., None]:
-    def write(c: _Code, to: Any, at: Any, stride: Any, _: Any) -> None:
-        unit = ir.IntType(8 * size)
-        vector = ir.Constant(ir.VectorType(unit, LANES), ir.Undefined)
-        for r in range(LANES):
-            place = c.builder.add(at, c.builder.mul(stride, INDEX(r)))
-            found = c.builder.load(c.builder.inttoptr(place, unit.as_pointer()))
-            found.align = 1
-            vector = c.builder.insert_element(vector, found, DWORD(r))
-        c.store(to, 0, vector, past=False)
-
-    return write
+def _clear_code(build: ir.IRBuilder, to: Any, *_: Any) -> None:
+    build.store(I8(0), build.inttoptr(to, I8.as_pointer()))
 
 
-def _quads_code(c: _Code, to: Any, at: Any, stride: Any, _: Any) -> None:
-    twenties = []
-    for half in (0, 16):
-        for codes in c.turn(c.load_rows(c.builder.add(at, INDEX(half)), stride, 4)):
-            # codes in bytes -> bits 0 to 19
-            near = [c.builder.and_(c.right(codes, 3 * j), c.same(31 << 5 * j)) for j in range(4)]
-            twenties.append(c.either(near))
-    for word in range(5):
-        begins = [20 * i - 32 * word for i in range(8)]
-        parts = [
-            c.left(bits, begin) if begin >= 0 else c.right(bits, -begin)
-            for bits, begin in zip(twenties, begins, strict=True)
-            if -20 < begin < 32
-        ]
-        c.store(to, word, c.either(parts))
+_turn = _operation(_turn_code)
 
 
-@intrinsic(prefer_literal=True)
-def _pack_fields(typing, low_to, high_to, at, stride, low, high, chunk):
-    """`chunk` codes of 16 rows -> vectors of fields of `low` bits, and of the `high` bits above, if any."""
-
-    def code(context, builder, signature, given):
-        c, steps = _Code(context, builder), []
-        for first in range(0, chunk.literal_value, 16):
-            part = c.builder.add(given[2], INDEX(first))
-            steps += c.turn(c.load_rows(part, given[3], min(4, chunk.literal_value // 4)))
-        below = 0
-        for to, width in ((given[0], low.literal_value), (given[1], high.literal_value)):
-            fields = 8 // width if width else len(steps) + 1
-            mask = c.same(0x01010101 * ((1 << width) - 1))
-            for v in range(len(steps) // fields):
-                cut = [c.builder.and_(c.right(step, below), mask) for step in steps[v * fields : (v + 1) * fields]]
-                c.store(to, v, c.either([c.left(step, width * f) for f, step in enumerate(cut)]))
-            below += width
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4, low, high, chunk), code
-
-
-def _clear_code(c: _Code, to: Any, at: Any, stride: Any, _: Any) -> None:
-    c.builder.store(BYTE(0), c.builder.inttoptr(to, BYTE.as_pointer()))
-
-
-_turn_all = _operation(_turn_all_code)  # 16 dwords of 16 rows
-
-
-_turn_some = _operation(_turn_some_code)  # 1 to 4 dwords of 16 rows; it reads 4
-
-
-_turn_shorts = _operation(_turn_units_code(2))  # the same, then in units of 2 bytes
-
-
-_turn_bytes = _operation(_turn_units_code(1))
-
-
-_copy_shorts = _operation(_copy_code(2))  # two bytes of 16 rows
-
-
-_copy_bytes = _operation(_copy_code(1))
-
-
-_turn_quads = _operation(_quads_code)  # 32 codes of 16 rows
+_dwords, _shorts, _bytes, _dwords_of_32, _shorts_of_32, _bytes_of_32, _woven = (
+    _operation(_write_code(lanes)) for lanes in KINDS
+)
 
 
 _clear_byte = _operation(_clear_code)
 
 
 # ---- loops
-
-
-class _Runs(NamedTuple):
-    """As in `Move`."""
-
-    first: int
-    size: int
-    record: int
-    times: int
-
-
-class _Blocks(NamedTuple):
-    """How many blocks, planes and columns there are, and bytes from row to row, block to block, plane to plane."""
-
-    blocks: int
-    planes: int
-    columns: int
-    row: int
-    block: int
-    plane: int
 
 
 @njit(cache=True, nogil=True)
@@ -535,72 +418,96 @@ def _touch(start, stop, out, step):
 
 
 @njit(cache=True, nogil=True)
-def _interleave(start, stop, source, stride, out, step, runs):
-    """Groups start to stop, dword by dword."""
-    for group in range(start, stop):
-        to = out + group * step
-        for i in range(runs.times):
-            at = source + group * LANES * stride + runs.first + i * runs.record
-            for _ in range(runs.size // 64):
-                _turn_all(to, at, stride, 0)
-                at, to = at + 64, to + 1024
-            for _ in range(runs.size % 64 // 16):
-                _turn_some(to, at, stride, 4)
-                at, to = at + 16, to + 256
-            left = runs.size % 16 // 4
-            if left:
-                _turn_some(to, at, stride, left)
-                to += 64 * left
-    _wait_for_stores()
+def _digits(room, to, codes, low, three):
+    """Base 3: a byte's digit is what is above 256 when it is tripled, and what is below has the next ones."""
+    even, odd = simd.and_(codes, low), simd.and_(simd.shift_right(codes, np.int32(8)), low)
+    for i in range(5):
+        even, odd = simd.add(simd.add(even, even), even), simd.add(simd.add(odd, odd), odd)
+        above = simd.and_(simd.shift_right(even, np.int32(8)), three)
+        beside = simd.and_(odd, simd.shift_left(three, np.int32(8)))
+        simd.store(room, to + VECTOR * i, simd.or_(above, beside))
+        even, odd = simd.and_(even, low), simd.and_(odd, low)
 
 
 @njit(cache=True, nogil=True)
-def _values(start, stop, source, stride, out, step, runs, unit):
-    """Groups start to stop, in units of 1 or 2 bytes."""
-    for group in range(start, stop):
-        to = out + group * step
-        for i in range(runs.times):
-            at = source + group * LANES * stride + runs.first + i * runs.record
-            left = runs.size // 4
-            while left:
-                dwords = min(left, 4)
-                if unit == 2:
-                    _turn_shorts(to, at, stride, dwords)
+def _write(pair, groups, t, at, size, outs):
+    """What a run has made, the last dwords of the room."""
+    dword = at + size
+    for o in range(outs.shape[0]):
+        dword -= VECTOR * _dwords_of(outs[o, 2], outs[o, 3])
+    for o in range(outs.shape[0]):
+        step, vectors, how = outs[o, 1], outs[o, 2], outs[o, 3]
+        run = outs[o, 0] + t * VECTOR * vectors
+        if how < 3:
+            for half in range(min(2, groups - 2 * pair)):
+                to, a = run + (2 * pair + half) * step, dword + half * size
+                for v in range(0, VECTOR * vectors, VECTOR):
+                    if how == 0:
+                        _dwords(to + v, a + v, a + v, 1)
+                    elif how == 1:
+                        _shorts(to + v, a + v, a + v, 1)
+                    else:
+                        _bytes(to + v, a + v, a + v, 1)
+        else:
+            to, a = run + pair * step, dword
+            for v in range(0, vectors, 2):
+                if how == 3:
+                    _dwords_of_32(to, a, a + size, vectors - v)
+                elif how == 4:
+                    _shorts_of_32(to, a, a + size, vectors - v)
+                elif how == 5:
+                    _bytes_of_32(to, a, a + size, vectors - v)
                 else:
-                    _turn_bytes(to, at, stride, dwords)
-                at, to, left = at + 4 * dwords, to + 64 * dwords, left - dwords
-            for _ in range(runs.size % 4 // unit):
-                if unit == 2:
-                    _copy_shorts(to, at, stride, 0)
-                else:
-                    _copy_bytes(to, at, stride, 0)
-                at, to = at + unit, to + LANES * unit
+                    _woven(to, a, a + size, vectors - v)
+                to, a = to + 2 * VECTOR, a + VECTOR
+        dword += VECTOR * _dwords_of(vectors, how)
+
+
+@njit(cache=True, nogil=True)
+def _dwords_of(vectors, how):
+    """How many of the room a run's vectors are made of."""
+    return vectors if how < 3 else (vectors + 1) // 2
 
 
 @cache
-def _planes_kernel(low, high, chunk):
-    """The loop for codes of these widths, so many columns at a time."""
+def _rearranging(version):
+    """The loop, compiled for a version of the vectors' operations."""
 
     @njit(cache=True, nogil=True)
-    def _pack_planes(start, stop, source, of, low_out, low_step, high_out, high_step):
-        for group in range(start, stop):
-            low_to, high_to = low_out + group * low_step, high_out + group * high_step
-            for i in range(of.blocks * of.planes):
-                at = source + group * LANES * of.row + i // of.planes * of.block + i % of.planes * of.plane
-                for _ in range(of.columns // chunk):
-                    _pack_fields(low_to, high_to, at, of.row, low, high, chunk)
-                    at += chunk
-                    low_to, high_to = low_to + chunk * low * 2, high_to + chunk * high * 2
+    def _rearrange(groups, times, places, records, loads, steps, moves, table, room, outs):
+        """Both halves of a pair at once: what the program says is read once for 32 rows."""
+        _ = version  # part of the key of compiled code
+        size = room.size // 2
+        at = room.ctypes.data
+        begins = places.ctypes.data
+        numbers = simd.load_bytes64(table, 0)
+        low, three = simd.same_int(0x00FF00FF), simd.same_int(0x00030003)
+        for pair in range(places.shape[1] // PAIR):
+            for t in range(times):
+                for i in range(loads.shape[0]):
+                    first = loads[i, 1] + t * records[loads[i, 0]]
+                    rows = begins + 8 * (places.shape[1] * loads[i, 0] + PAIR * pair)
+                    for half in range(2):
+                        _turn(at + PIECE * LANES * i + half * size, first, rows + 8 * LANES * half, 0)
+                for s in range(steps.shape[0]):
+                    a, b = simd.zero_ints(), simd.zero_ints()
+                    for m in range(np.uint64(steps[s, 2]), np.uint64(steps[s, 3])):
+                        turn, mask = np.int32(moves[m, 1]), simd.same_int(np.int32(moves[m, 2]))
+                        x = simd.load_ints16(room, VECTOR * moves[m, 0])
+                        y = simd.load_ints16(room, VECTOR * moves[m, 0] + size)
+                        a = simd.or_(a, simd.and_(simd.funnel(x, x, turn), mask))
+                        b = simd.or_(b, simd.and_(simd.funnel(y, y, turn), mask))
+                    to = VECTOR * steps[s, 1]
+                    if steps[s, 0] == DIGITS:
+                        _digits(room, to, a, low, three)
+                        _digits(room, to + size, b, low, three)
+                        continue
+                    if steps[s, 0] == LOOK_UP:
+                        a = simd.as_ints(simd.look_up_64(numbers, simd.as_bytes(a)))
+                        b = simd.as_ints(simd.look_up_64(numbers, simd.as_bytes(b)))
+                    simd.store(room, to, a)
+                    simd.store(room, to + size, b)
+                _write(pair, groups, t, at, size, outs)
         _wait_for_stores()
 
-    return _pack_planes
-
-
-@njit(cache=True, nogil=True)
-def _pack_quads(start, stop, source, stride, quads, out, step):
-    for group in range(start, stop):
-        to = out + group * step
-        for i in range(quads // QUADS):
-            _turn_quads(to, source + group * LANES * stride + i * QUADS, stride, 0)
-            to += 320
-    _wait_for_stores()
+    return _rearrange
