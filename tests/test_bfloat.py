@@ -93,3 +93,45 @@ def test_one_number_rounds_as_many_do() -> None:
     blocks.round_to_bfloat(numbers, out)
     one = [blocks._bfloat(number) for number in numbers]
     assert one == out.tolist()
+
+
+FOUR_BITS = blocks.Places(
+    16, 32, np.empty((0, 7), np.int64), np.array([[0, 32, 4, 0, 0]]), np.empty((0, 4), np.int64), np.ones(5, np.uint8)
+)
+
+
+def by_hand(records: npt.NDArray[np.uint8], scale: npt.NDArray[np.float32], values: npt.NDArray[np.float32]):
+    codes = np.stack([records & 15, records >> 4], -1).reshape(len(records), -1)
+    with np.errstate(all="ignore"):
+        return values[codes] * np.repeat(np.resize(scale, (len(codes), scale.shape[1])), 32, axis=1)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled, so nothing is looked up")
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("rows_of_scales", [1, 5])
+def test_looked_up_numbers_are_rounded_once(through: bool, rows_of_scales: int) -> None:
+    """Scales of all sizes, infinite and none among them; the kernel writes float32 or bfloat16, at any address."""
+    rng = np.random.default_rng(0)
+    records = rng.integers(0, 256, (5, 8 * 16), np.uint8)
+    scale = rng.integers(0, 1 << 32, (rows_of_scales, 8), np.uint32).view(F32)
+    scale[0, :5] = np.inf, np.nan, 2.0**-149, 2.0**127, 0
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], F32)
+    assert blocks.fits_table(FOUR_BITS, 32)
+    wanted, steps = by_hand(records, scale, values), by_hand(records, scale, np.arange(16, dtype=F32) - F32(8))
+    for start in (0, 8, 24):
+        wide, few = np.full(5 * 256 + start, 7, F32), np.full(5 * 256 + start, 7, np.uint16)
+        for out in (wide[start:].reshape(5, 256), few[start:].reshape(5, 256)):
+            as_found = (lambda out=out: out) if out.dtype == F32 else (lambda out=out: out.view(BF16))
+            assert blocks.levels(records, FOUR_BITS, scale, out, values, None, F32(0), through)
+            assert_same(as_found(), wanted)
+            blocks.affine(records, FOUR_BITS, scale, out, 8.0, "u1", through)
+            assert_same(as_found(), steps)
+        assert (wide[:start] == 7).all() and (few[:start] == 7).all()
+
+
+def assert_same(found: npt.NDArray[np.generic], numbers: npt.NDArray[np.float32]) -> None:
+    if found.dtype == F32:
+        none = np.isnan(numbers)
+        assert np.isnan(found[none]).all() and found[~none].tobytes() == numbers[~none].tobytes()
+    else:
+        assert_rounded(found, numbers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +11,7 @@ import pytest
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import number_products, plain_products, simd, threads
-from packfmt.kernels.number_products import multiply
+from packfmt.kernels.number_products import MANY, multiply, multiply_strips
 from tests.models import normal
 
 pytestmark = pytest.mark.kernels
@@ -100,7 +102,61 @@ def test_every_code_of_a_weight(dtype: str) -> None:
             x[0, place] = factor
             with np.errstate(all="ignore"):
                 numbers = codes.view(DTYPES[dtype]).astype(F32) * F32(factor)
-            assert_same(product(weights.view(DTYPES[dtype]), x)[0], numbers + F32(0))
+            for batch in (1, MANY[size]):
+                found = product(weights.view(DTYPES[dtype]), np.repeat(x, batch, 0))
+                assert_same(found, np.repeat((numbers + F32(0))[None], batch, 0))
+
+
+@every
+@pytest.mark.parametrize("batch", [8, 9, 11, 14])
+def test_many_activations_get_the_same_bits(dtype: str, batch: int) -> None:
+    """Pairs of activations and panels of weights that are not full, and more columns than are summed at a time."""
+    for rows, cols in ((1, 64), (5, 100), (19, 65), (34, 1100)):
+        weights, x = normal(rows, cols).astype(DTYPES[dtype]), normal(batch, cols, seed=1)
+        scale = scales((rows, cols), (2, 32)) if dtype in BYTES else None
+        found = product(weights, x, scale, (2, 32))
+        assert_same(found, np.concatenate([product(weights, x[i : i + 1], scale, (2, 32)) for i in range(batch)]))
+        few = slice(0, None, 7)
+        assert_same(found[:2, few], twin(weights, x[:2], scale, (2, 32))[:, few])
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("share", SHARES)
+def test_scales_of_many_activations(dtype: str, share: tuple[int, int]) -> None:
+    for rows, cols in ((3, 65), (6, 1344)):
+        weights, x = normal(rows, cols).astype(DTYPES[dtype]), normal(5, cols, seed=1)
+        scale = scales((rows, cols), share)
+        assert_same(product(weights, x, scale, share), twin(weights, x, scale, share))
+
+
+def test_infinite_scales_of_columns_that_are_not_there() -> None:
+    weights, scale = np.ones((5, 1100), ml_dtypes.float8_e4m3fn), np.ones((5, 35), F32)
+    scale[:, 34] = np.inf
+    assert (product(weights, np.ones((8, 1100), F32), scale, (1, 32)) == np.inf).all()
+
+
+@pytest.mark.parametrize("batch", [1, 5, 9])
+@pytest.mark.parametrize("least", [1, 8])
+def test_strips_give_the_bits_of_the_whole(batch: int, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(number_products, "STRIP", 1000)
+    weights, x = normal(37, 130), normal(batch, 130, seed=1)
+    wanted = product(weights, x)
+    for count in ("1", "3"):
+        monkeypatch.setenv("PACKFMT_THREADS", count)
+        asked: list[tuple[int, int]] = []
+        out = np.full((batch, 37), 77, F32)
+        multiply_strips(lambda a, b, asked=asked: asked.append((a, b)) or weights[a:b], x, out, least)
+        assert_same(out, wanted)
+        assert sorted(asked)[0][0] == 0 and sorted(asked)[-1][1] == 37
+        assert len(asked) > 4 and all(a % least == 0 for a, _ in asked)
+
+
+def test_strips_of_another_shape_are_refused() -> None:
+    x, out = np.zeros((2, 64), F32), np.zeros((2, 8), F32)
+    for wrong in (np.zeros((8, 63), F32), np.zeros((7, 64), F32), np.zeros((8, 64))):
+        with pytest.raises(LayoutError, match=r"needs C-contiguous float32 \(8, 64\)"):
+            multiply_strips(lambda a, b, wrong=wrong: wrong, x, out)
+    multiply_strips(lambda a, b: np.zeros((0, 0), F32), np.zeros((0, 64), F32), np.zeros((0, 8), F32))
 
 
 @pytest.mark.parametrize("dtype", BYTES)
@@ -117,12 +173,12 @@ def test_scales_of_all_sizes(dtype: str, scale: float) -> None:
 @every
 def test_infinite_numbers_and_none(dtype: str) -> None:
     weights = normal(7, 130).astype(DTYPES[dtype])
-    for bad in (np.inf, -np.inf, np.nan):
-        x = normal(3, 130, seed=1)
+    for bad, batch in itertools.product((np.inf, -np.inf, np.nan), (3, 8)):
+        x = normal(batch, 130, seed=1)
         x[1, 3], x[2, 129] = bad, bad
         found = product(weights, x)
         assert_same(found, twin(weights, x))
-        assert np.isfinite(found[0]).all() and not np.isfinite(found[1:]).any()
+        assert np.isfinite(np.delete(found, (1, 2), 0)).all() and not np.isfinite(found[1:3]).any()
 
 
 def test_columns_that_are_not_there_add_nothing() -> None:
@@ -139,7 +195,9 @@ def test_what_lies_behind_a_row_is_not_read() -> None:
     weights[:, 0] = np.nan
     weights[2] = 1
     assert product(weights, np.ones((1, 65), F32))[0, 2] == 65
-    assert np.isnan(product(weights, np.ones((2, 65), F32))).tolist() == [[True, True, False, True, True, True]] * 2
+    for batch in (2, 8):
+        none = np.isnan(product(weights, np.ones((batch, 65), F32)))
+        assert none.tolist() == [[True, True, False, True, True, True]] * batch
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 16])
@@ -177,7 +235,8 @@ def test_the_plain_way_gives_the_same_bits(dtype: str) -> None:
 
 
 def test_nothing_is_the_product_of_nothing() -> None:
-    assert product(np.empty((3, 0), F32), np.empty((2, 0), F32)).tolist() == [[0, 0, 0]] * 2
+    for batch in (2, 8):
+        assert product(np.empty((3, 0), F32), np.empty((batch, 0), F32)).tolist() == [[0, 0, 0]] * batch
     assert product(np.empty((0, 64), F32), np.empty((2, 64), F32)).shape == (2, 0)
     assert product(np.empty((3, 64), F32), np.empty((0, 64), F32)).shape == (0, 3)
 

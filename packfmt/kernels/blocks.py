@@ -1,12 +1,14 @@
 """Bytes of any blocks to weights, in one pass.
 
-A row of records becomes codes, then numbers, or straight numbers where the codes' order is simple. Where the
-codes lie, the loops know from tables, not from a format's name.
+A row of records becomes codes, then numbers, or straight numbers where the codes' order is simple. Of codes with few
+bits all numbers are computed once a group, and looked up. Where the codes lie, the loops know from tables, not from a
+format's name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +16,22 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from packfmt.kernels import pages, simd, simd_code
+from packfmt.kernels.simd import (
+    add,
+    and_,
+    ints_of,
+    load_bytes16,
+    load_floats16,
+    look_up_words,
+    mulf,
+    or_,
+    same_float,
+    same_int,
+    select_less,
+    shift_right,
+    widen,
+)
 from packfmt.kernels.vectors import (
     F32,
     INTERPRETED,
@@ -46,6 +64,8 @@ QUIET = np.uint32(1 << 22)  # which keeps a NaN one where its lower half goes
 HALF_BELOW = np.uint32(0x7FFF)  # just less than half of what bfloat16 rounds to
 MOST_ZERO = F32(1 << 16)  # to which 128 is added exactly
 FEW = 64  # codes of a run
+TABLE = 16  # numbers that one look-up finds
+LONG = 256  # codes of a cell, whose runs are faster without a table
 
 
 class Places(NamedTuple):
@@ -98,16 +118,30 @@ def arithmetic(values: np.ndarray) -> Arithmetic | None:
     return None
 
 
-def affine(records: np.ndarray, places: Places, scale: np.ndarray, out: np.ndarray, zero: float, dtype: str) -> None:
+def affine(
+    records: np.ndarray,
+    places: Places,
+    scale: np.ndarray,
+    out: np.ndarray,
+    zero: float,
+    dtype: str,
+    through: bool = False,
+) -> None:
     """w = (code - zero) * scale, in float32, each operation rounding on its own. On one thread.
 
     records : (rows, bytes) uint8
     scale : (rows or 1, groups) float32
-    out : (rows, cols) float32, written
+    out : (rows, cols) float32, written; or uint16, the bits of bfloat16, where `fits_table`
     dtype : of the codes, "u1" or "i1"
+    through : whether to write past the cache, where `fits_table` and `fits_through`
     """
     with np.errstate(all="ignore"):
-        if dtype == "u1" and _straight(places, out.shape[1] // scale.shape[1]):
+        group = out.shape[1] // scale.shape[1]
+        straight = dtype == "u1" and _straight(places, group)
+        long = straight and places.codes >= LONG and out.dtype == F32 and not through
+        if dtype == "u1" and not long and fits_table(places, group):
+            _by_table(records, places, np.arange(TABLE, dtype=F32) - F32(zero), scale, out, through)
+        elif straight:
             _affine_straight(records, places, F32(zero), scale, out)
         else:
             codes = np.empty(out.shape[1], np.uint8)
@@ -136,6 +170,9 @@ def levels(
     """
     codes = np.empty(out.shape[1], np.uint8)
     with np.errstate(all="ignore"):
+        if fits_table(places, out.shape[1] // scale.shape[1]) and not np.isnan(values).any():
+            _by_table(records, places, np.resize(values, TABLE), scale, out, through)
+            return True
         if unit:
             folded = scale * unit
             if np.array_equal(folded / unit, scale, equal_nan=True):  # a product with it rounds as that with values
@@ -170,17 +207,17 @@ def quads(
     group holds whole chunks.
     """
     codes = np.empty(out.shape[1] // 4, np.uint8)
+    lanes = np.ascontiguousarray(values.T)
     with np.errstate(all="ignore"):
+        if not INTERPRETED and (stride == 1 or stride % 16 == 0) and out.shape[1] // scale.shape[1] % 64 == 0:
+            tables = np.zeros((4, 2 * TABLE), F32)
+            tables[:, : len(values)] = lanes[:, : 2 * TABLE]
+            if _most(places.runs, places.streams) < 2 * TABLE:
+                return _looking_up_quads(stride == 1, simd.VERSION)(records, places, codes, tables, stride, scale, out)
         if stride == 1:
             _quads(records, places, codes, values, scale, out)
         else:
-            lanes = np.ascontiguousarray(values.T)
             _strided_quads(records, places, codes, lanes, stride, scale, out)
-
-
-def read_codes(records: np.ndarray, places: Places, out: np.ndarray) -> None:
-    """(rows, row bytes) -> the codes of each row, one a byte: (rows, codes of all cells) uint8."""
-    _read_codes(records, places, out)
 
 
 def look_up(stored: np.ndarray, size: int, offset: int, count: int, values: np.ndarray) -> np.ndarray:
@@ -217,16 +254,167 @@ def round_to_bfloat(source: np.ndarray, target: np.ndarray, through: bool = Fals
         (_round_through if through else _round)(source.reshape(-1), target.reshape(-1))
 
 
+def fits_table(places: Places, group: int) -> bool:
+    """Whether `affine` and `levels` look numbers up, and can write bfloat16 themselves, too.
+
+    So it is if codes have four bits at most, and columns that share a scale are a multiple of 32.
+    """
+    return not simd.INTERPRETED and group % 32 == 0 and bool(_most(places.runs, places.streams) < TABLE)
+
+
+@njit(cache=True, nogil=True)
+def _most(runs, streams):
+    """The largest code that there can be."""
+    most = 2  # a digit
+    for r in range(runs.shape[0]):
+        most = max(most, runs[r, 3] << runs[r, 6])
+    for s in range(streams.shape[0]):
+        most = max(most, (1 << streams[s, 2] + streams[s, 4]) - 1)
+    return most
+
+
+def _by_table(records, places, values, scale, out, through):
+    """w = values[code] * scale, for sixteen values; out as in `levels`."""
+    codes, row = np.empty(out.shape[1], np.uint8), pages.empty(out[:1].nbytes)
+    rooms = codes, row.view(out.dtype), row, out.view(np.uint8)
+    _looking_up(out.dtype == np.uint16, through, simd.VERSION)(records, places, values, scale, out, *rooms)
+
+
+@cache
+def _looking_up(narrow: bool, through: bool, version: str) -> Any:
+    """The loop of `_by_table`. version : part of the key under which compiled code is kept"""
+
+    @njit(cache=True, nogil=True)
+    def _look_up_few(records, places, values, scale, out, codes, numbers, as_bytes, target):
+        """All sixteen numbers are multiplied, and rounded, once a group. Past the cache a row goes when it is done."""
+        group, sixteen, _ = out.shape[1] // scale.shape[1], load_floats16(values, 0), version
+        for row in range(records.shape[0]):
+            _read(records[row], places, codes)
+            factors, weights, first = scale[row % scale.shape[0]], numbers if through else out[row], 0
+            for g in range(factors.size):
+                table = ints_of(mulf(sixteen, same_float(factors[g])))
+                if narrow:
+                    table = _to_bfloat(table)
+                for j in range(first, first + group, 16):
+                    _write(weights, j, look_up_words(table, table, widen(load_bytes16(codes, j))))
+                first += group
+            if through:
+                _copy_past_the_cache(target[row], as_bytes)
+        if through:
+            _wait_for_stores()
+
+    return _look_up_few
+
+
+@cache
+def _looking_up_quads(side_by_side: bool, version: str) -> Any:
+    """The loop of `quads` for 32 codes. version : part of the key under which compiled code is kept"""
+
+    @njit(cache=True, nogil=True)
+    def _look_up_quads(records, places, codes, tables, stride, scale, out):
+        """Sixteen quads at a time. tables : (4 lanes, 32 codes); a group's are multiplied once."""
+        quads_of_group, _ = out.shape[1] // scale.shape[1] // 4, version
+        for row in range(records.shape[0]):
+            _read(records[row], places, codes)
+            factors, weights, first = scale[row % scale.shape[0]], out[row], 0
+            for g in range(factors.size):
+                factor = same_float(factors[g])
+                a, b = _times_table(tables, 0, factor), _times_table(tables, 128, factor)
+                c, d = _times_table(tables, 256, factor), _times_table(tables, 384, factor)
+                for quad in range(first, first + quads_of_group, 16):
+                    code = widen(load_bytes16(codes, quad))
+                    w, x = look_up_words(a[0], a[1], code), look_up_words(b[0], b[1], code)
+                    y, z = look_up_words(c[0], c[1], code), look_up_words(d[0], d[1], code)
+                    if side_by_side:
+                        _write_side_by_side(weights, 4 * quad, w, x, y, z)
+                    else:
+                        at = 4 * quad - 3 * (quad % stride)
+                        _write(weights, at, w)
+                        _write(weights, at + stride, x)
+                        _write(weights, at + 2 * stride, y)
+                        _write(weights, at + 3 * stride, z)
+                first += quads_of_group
+
+    return _look_up_quads
+
+
+@njit(cache=True, nogil=True)
+def _times_table(tables, at, factor):
+    """The bits of 32 numbers times a factor, from byte `at` on."""
+    return ints_of(mulf(load_floats16(tables, at), factor)), ints_of(mulf(load_floats16(tables, at + 64), factor))
+
+
+@intrinsic
+def _write_side_by_side(typing, out, at, a, b, c, d):
+    """Lanes 0 of four vectors, lanes 1 ..., to the float32 from `at` on."""
+
+    def code(context, builder, signature, args):
+        v = _Vectors(64, context, builder)
+        halves = [builder.shuffle_vector(x, y, simd_code.order(range(32))) for x, y in (args[2:4], args[4:6])]
+        order = simd_code.order([lane + 16 * which for lane in range(16) for which in range(4)])
+        found = builder.bitcast(builder.shuffle_vector(*halves, order), v.of(32))
+        builder.store(found, v.place(out, args[0], args[1], 32)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, a, b, c, d), code
+
+
+@njit(cache=True, nogil=True)
+def _copy_past_the_cache(target, source):
+    """Bytes: whole lines of 64 without reading what they overwrite, and what is before and behind."""
+    before = min(-target.ctypes.data % 64, target.size)
+    end = target.size - (target.size - before) % 64
+    for i in range(before):
+        target[i] = source[i]
+    for i in range(before, end, 64):
+        _line_past_the_cache(target, source, i)
+    for i in range(end, target.size):
+        target[i] = source[i]
+
+
+@intrinsic
+def _line_past_the_cache(typing, target, source, at):
+    def code(context, builder, signature, args):
+        v = _Vectors(64, context, builder)
+        found = builder.load(v.place(source, args[1], args[2], 8))
+        found.align = 1
+        done = builder.store(found, v.place(target, args[0], args[2], 8))
+        done.align = 64
+        done.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(target, source, types.int64), code
+
+
+@njit(cache=True, nogil=True)
+def _to_bfloat(bits):
+    """The bits of sixteen float32 -> of the nearest bfloat16, as `round_to_bfloat` has them, in the lower half."""
+    magnitude, quiet = same_int(np.int32(MAGNITUDE)), same_int(np.int32(QUIET))
+    odd = and_(shift_right(bits, np.int32(16)), same_int(np.int32(1)))
+    rounded = add(add(bits, same_int(np.int32(HALF_BELOW))), odd)
+    is_none = select_less(same_int(np.int32(INFINITE)), and_(bits, magnitude), or_(bits, quiet), rounded)
+    return shift_right(is_none, np.int32(16))
+
+
+@intrinsic
+def _write(typing, out, at, found):
+    """Sixteen numbers by their bits, to the items of an array from `at` on; of uint16 the lower halves."""
+
+    def code(context, builder, signature, args):
+        v, bits = _Vectors(16, context, builder), out.dtype.bitwidth
+        whole = ir.VectorType(ir.IntType(bits), 16)
+        few = args[2] if bits == 32 else builder.trunc(args[2], whole)
+        place = builder.bitcast(v.place(out, args[0], args[1], bits), whole.as_pointer())
+        builder.store(few, place).align = bits // 8
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, found), code
+
+
 def _straight(places: Places, group: int) -> bool:
     """Whether numbers can be written without keeping codes: runs lie side by side, and cells within a group."""
     plain = not len(places.streams) and (places.runs[:, 5] == 1).all() and not places.runs[:, 6].any()
     return bool(plain) and group % places.codes == 0
-
-
-@njit(cache=True, nogil=True)
-def _read_codes(records, places, out):
-    for row in range(records.shape[0]):
-        _read(records[row], places, out[row])
 
 
 @njit(cache=True, nogil=True)
@@ -310,26 +498,26 @@ def _read_digit(record, byte, count, power, codes, at):
 
 @njit(cache=True, nogil=True, inline="always")
 def _read_stream(record, byte, count, bits, codes, at, low):
-    """Fields of `bits` bits, one after the other: sixteen at a time, or one by one where lower bits are there."""
-    wide = count // 16 * 16 if low == 0 else 0
+    """Fields of `bits` bits, one after the other, sixteen at a time; lower bits, where there are any, stay."""
+    wide, up = count // 16 * 16, np.uint16(low)
     if bits == 4:
         for i in range(0, wide, 16):
-            _spread_4(codes, at + i, record, byte + i // 2)
+            _spread_4(codes, at + i, record, byte + i // 2, up)
     elif bits == 6:
         for i in range(0, wide, 16):
-            _spread_6(codes, at + i, record, byte + i // 4 * 3)
+            _spread_6(codes, at + i, record, byte + i // 4 * 3, up)
     else:
         for i in range(0, wide, 16):
             if bits == 1:
-                _spread_1(codes, at + i, record, byte + i // 8)
+                _spread_1(codes, at + i, record, byte + i // 8, up)
             elif bits == 2:
-                _spread_2(codes, at + i, record, byte + i // 4)
+                _spread_2(codes, at + i, record, byte + i // 4, up)
             elif bits == 3:
-                _spread_3(codes, at + i, record, byte + i // 8 * 3)
+                _spread_3(codes, at + i, record, byte + i // 8 * 3, up)
             elif bits == 5:
-                _spread_5(codes, at + i, record, byte + i // 8 * 5)
+                _spread_5(codes, at + i, record, byte + i // 8 * 5, up)
             else:
-                _spread_7(codes, at + i, record, byte + i // 8 * 7)
+                _spread_7(codes, at + i, record, byte + i // 8 * 7, up)
     mask = np.uint16((1 << bits) - 1)
     for i in range(wide, count):
         first, shift = byte + i * bits // 8, i * bits % 8

@@ -7,7 +7,9 @@ or on the machine.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from numba.core.imputils import lower_constant
 from numba.extending import intrinsic, models, overload, register_model, typeof_impl
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import simd, threads
+from packfmt.kernels import pages, simd, simd_code, threads
 from packfmt.kernels.simd import (
     add,
     addf,
@@ -27,13 +29,8 @@ from packfmt.kernels.simd import (
     as_ints,
     bfloat_to_float,
     half_to_float,
-    load_bytes64,
-    load_floats16,
-    load_ints16,
-    load_shorts16,
     mulf,
     or_,
-    prefetch,
     same_byte,
     same_float,
     same_int,
@@ -46,6 +43,12 @@ Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 
 LANES = 64  # of a sum
+VECTOR = 64  # bytes of sixteen of them
+MANY = {4: 8, 2: 4, 1: 4}  # rows of activations; by bytes of a weight
+TALL = 4  # rows of a panel
+PANELS = 4  # that activations meet one after the other
+DEEP = 16  # times 64 columns, of which sums are taken before the next rows' turn
+STRIP = 1 << 17  # weights decoded at a time, which stay in a core's cache
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}  # of a weight
 LEAST_BYTES = 1 << 19  # of weights, times the batch: worth a thread
 TOP_BITS = np.uint32(0x80808080)  # of four bytes
@@ -60,12 +63,12 @@ class Kind(NamedTuple):
 
     dtype : of the weights, in NumPy's or ml_dtypes' words
     scaled : columns that share a scale are a multiple of these, 64 or 32; 0: there are no scales
-    both : whether two rows of activations are multiplied at once
+    many : whether there are so many rows of activations that numbers are kept for them
     """
 
     dtype: str
     scaled: int
-    both: bool
+    many: bool
 
 
 # ---------------------------------------------------------------- a value without content that stands for a kind
@@ -127,9 +130,7 @@ def multiply(
     name = weights.dtype.name
     if name not in BYTES or not weights.flags.c_contiguous:
         raise LayoutError(f"weights {name} {weights.shape}, needs C-contiguous {', '.join(BYTES)}")
-    for what, array, shape in (("activations", x, (len(x), cols)), ("out", out, (len(x), rows))):
-        if array.shape != shape or array.dtype != F32 or not array.flags.c_contiguous:
-            raise LayoutError(f"{what} {array.dtype} {array.shape}, needs C-contiguous float32 {shape}")
+    _check(x, out, rows, cols)
     tall, wide = share[0] or max(1, rows), share[1] or max(1, cols)
     if scale is None:
         scale, scaled = NO_SCALE, 0
@@ -143,22 +144,71 @@ def multiply(
             raise LayoutError(f"{wide} columns share a scale, needs a multiple of 32")
         scaled = LANES if shape[1] <= 1 or wide % LANES == 0 else 32
     wide = wide if scaled else max(1, cols)
-    if not out.size:
+    if not out.size or not cols:
+        out[...] = 0
         return
     if simd.INTERPRETED:
         return _plainly(weights, x, out, scale if scaled else None, tall, wide)
-    kind = Kind(name, scaled, len(x) > 1)
-    if cols % LANES:
-        x = np.pad(x, ((0, 0), (0, -cols % LANES)))
-    if _mixed(kind):
-        x = np.ascontiguousarray(x.reshape(len(x), -1, 16, 2).swapaxes(2, 3)).reshape(len(x), -1)
+    kind = Kind(name, scaled, len(x) >= MANY[BYTES[name]])
     codes = weights.reshape(-1).view(np.uint8)
-    places = EVEN_AND_ODD if _mixed(kind) else IN_ORDER
-    work = partial(_some, _kernel(kind), codes, cols, x, out, scale, tall, wide, places)
-    threads.spread(work, rows, -(-LEAST_BYTES // max(1, codes.nbytes // rows * len(x))))
+    factors = scale, tall, wide
+    x = _in_lanes(kind, x)
+
+    def work(start: int, stop: int) -> None:
+        _some(kind, codes, cols, x, out, factors, start, stop, 0)
+
+    threads.spread(work, rows, -(-LEAST_BYTES // max(1, codes.nbytes // rows * len(out))))
+
+
+def multiply_strips(read: Callable[[int, int], Floats], x: Floats, out: Floats, least: int = 1) -> None:
+    """`multiply` with weights that are decoded as they are needed, a strip of rows at a time, on all threads.
+
+    Parameters
+    ----------
+    read : first row, end -> (rows, cols) float32, C-contiguous; called by several threads at once, for other rows
+    x : (batch, cols) float32, C-contiguous
+    out : (batch, rows) float32, written
+    least : rows to read at a time must be a multiple of this, but for the last ones
+
+    Raises
+    ------
+    LayoutError
+        If an array is another than this.
+    """
+    rows, cols = out.shape[1], x.shape[1]
+    _check(x, out, rows, cols)
+    if not out.size or not cols:
+        out[...] = 0
+        return
+    kind, factors = Kind("float32", 0, len(x) >= MANY[4]), (NO_SCALE, 1, max(1, cols))
+    arranged = x if simd.INTERPRETED else _in_lanes(kind, x)
+    step = least * max(1, STRIP // max(1, cols * least))
+
+    def work(start: int, stop: int) -> None:
+        for strip in range(start, stop):
+            first, end = strip * step, min(rows, (strip + 1) * step)
+            weights = read(first, end)
+            if weights.shape != (end - first, cols) or weights.dtype != F32 or not weights.flags.c_contiguous:
+                needs = end - first, cols
+                raise LayoutError(f"weights {weights.dtype} {weights.shape}, needs C-contiguous float32 {needs}")
+            if simd.INTERPRETED:
+                some = np.empty((len(x), end - first), F32)
+                _plainly(weights, x, some, None, 1, 1)
+                out[:, first:end] = some
+            else:
+                codes = weights.reshape(-1).view(np.uint8)
+                _some(kind, codes, cols, arranged, out, factors, 0, end - first, first)
+
+    threads.spread(work, -(-rows // step))
 
 
 NO_SCALE = np.empty((0, 0), F32)
+
+
+def _check(x: Floats, out: Floats, rows: int, cols: int) -> None:
+    for what, array, shape in (("activations", x, (len(x), cols)), ("out", out, (len(x), rows))):
+        if array.shape != shape or array.dtype != F32 or not array.flags.c_contiguous:
+            raise LayoutError(f"{what} {array.dtype} {array.shape}, needs C-contiguous float32 {shape}")
 
 
 def _mixed(kind: Kind) -> bool:
@@ -166,10 +216,42 @@ def _mixed(kind: Kind) -> bool:
     return kind.dtype in (E4M3, E5M2)
 
 
-def _some(kernel, codes, cols, x, out, scale, tall, wide, places, start, stop):
-    """Rows start to stop of the weights."""
+def _in_lanes(kind: Kind, x: Floats) -> Floats:
+    """Activations in the order in which the loops read them, filled up with zeros.
+
+    (batch, columns), or for many (4, pairs, columns / 64, 2, 16): 16 lanes of two rows, then their next.
+    """
+    batch, cols = x.shape
+    rows, chunks = batch + batch % 2 if kind.many else batch, -(-cols // LANES)
+    if (rows, chunks * LANES) != x.shape:
+        x = np.pad(x, ((0, rows - batch), (0, chunks * LANES - cols)))
+    parts = x.reshape(rows, chunks, 2, 16, 2).swapaxes(3, 4) if _mixed(kind) else x
+    if not kind.many:
+        out = pages.empty(x.nbytes).view(F32).reshape(x.shape)
+        out.reshape(parts.shape)[...] = parts
+        return out
+    apart = 4, rows // 2, chunks + 1, 2, 16  # no power of two, or lines would drive each other from the cache
+    out = pages.empty(4 * prod(apart)).view(F32).reshape(apart)
+    out[:, :, :chunks] = parts.reshape(rows // 2, 2, chunks, 4, 16).transpose(3, 0, 2, 1, 4)
+    return out
+
+
+def _some(kind, codes, cols, x, out, factors, start, stop, shift):
+    """Rows start to stop of the weights, which are those from start + shift on of the product."""
+    scale, tall, wide = factors
+    places = EVEN_AND_ODD if _mixed(kind) else IN_ORDER
     room = np.zeros(4 * LANES * 4, np.uint8)
-    kernel(codes, cols, x, out, scale, tall, wide, places, room, start, stop)
+    weights = codes.ctypes.data, cols
+    how = scale.ctypes.data, max(1, scale.shape[1]), tall, wide, places.ctypes.data, room.ctypes.data
+    if kind.many:
+        pairs, chunks = x.shape[1], x.shape[2]
+        panels = min(PANELS, -(-(stop - start) // TALL))
+        numbers = pages.empty(panels * 4 * (min(DEEP, chunks) + 1) * TALL * VECTOR)
+        sums = pages.empty(panels * pairs * 32 * VECTOR)
+        rooms = numbers.ctypes.data, sums.ctypes.data, np.empty(16, F32)
+        _many(kind)(*weights, x.ctypes.data, pairs, out, *how, *rooms, start, stop, shift)
+    else:
+        _few(kind)(*weights, x.ctypes.data, out, *how, start, stop, shift)
 
 
 def _plainly(weights, x, out, scale, tall, wide):
@@ -192,6 +274,81 @@ def _plainly(weights, x, out, scale, tall, wide):
             out[b] = sums[:, 0]
 
 
+# ---------------------------------------------------------------- memory
+# The loops get addresses: a function that takes an array counts its references, which takes as long as it has work.
+
+
+def _loads(what: simd.Vector) -> Any:
+    """What reads a vector at an address."""
+
+    def load(typing, address):
+        def code(context, builder, signature, args):
+            found = builder.load(builder.inttoptr(args[0], what.llvm.as_pointer()))
+            found.align = 1
+            return found
+
+        return what(types.int64), code
+
+    return intrinsic(load)
+
+
+_bytes, _shorts, _ints, _floats = (_loads(v) for v in (simd.Bytes64, simd.Shorts16, simd.Ints16, simd.Floats16))
+
+
+@intrinsic
+def _put(typing, address, vector):
+    """Write a vector."""
+
+    def code(context, builder, signature, args):
+        builder.store(args[1], builder.inttoptr(args[0], args[1].type.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vector), code
+
+
+@intrinsic
+def _number(typing, address):
+    """A float32."""
+
+    def code(context, builder, signature, args):
+        return builder.load(builder.inttoptr(args[0], simd_code.F32.as_pointer()))
+
+    return types.float32(types.int64), code
+
+
+@intrinsic
+def _byte(typing, address):
+    def code(context, builder, signature, args):
+        return builder.load(builder.inttoptr(args[0], simd_code.I8.as_pointer()))
+
+    return types.uint8(types.int64), code
+
+
+@intrinsic
+def _copy(typing, to, source, nbytes):
+    def code(context, builder, signature, args):
+        places = (builder.inttoptr(address, simd_code.I8.as_pointer()) for address in args[:2])
+        cgutils.raw_memcpy(builder, *places, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), code
+
+
+@intrinsic
+def _ask_for(typing, address, marker):
+    """Prefetch 64 weights."""
+    size = BYTES[marker.kind.dtype]
+
+    def code(context, builder, signature, args):
+        for line in range(0, LANES * size, VECTOR):
+            place = builder.inttoptr(builder.add(args[0], simd_code.I64(line)), simd_code.I8.as_pointer())
+            how = (simd_code.I32(n) for n in (0, 3, 1))  # a read, near, of data
+            simd_code.call(builder, "llvm.prefetch.p0", ir.VoidType(), place, *how)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, marker), code
+
+
 # ---------------------------------------------------------------- pieces of the loops
 
 
@@ -208,6 +365,41 @@ def _folded(typing, v):
         return builder.extract_element(sums, ir.Constant(ir.IntType(32), 0))
 
     return types.float32(simd.Floats16), code
+
+
+@intrinsic
+def _eight_sums(typing, at, marker):
+    """The sums of four rows of weights and two of activations: lane 4 * b + r has row r of the weights and b of x.
+
+    at : where (4 quarters, 4 rows, 2, 16) lanes begin; lanes fold as in `_sum`
+    """
+    lanes = simd.Floats16.llvm
+
+    def folded(builder, found):
+        for half in (8, 4, 2):  # two vectors become one, which has half as many lanes of each sum
+            starts = range(0, 32, 2 * half)
+            low, high = (simd_code.order([s + a + i for s in starts for i in range(half)]) for a in (0, half))
+            found = [
+                builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high))
+                for a, b in zip(found[::2], found[1::2], strict=True)
+            ]
+        low, high = (simd_code.order([*range(a, 16, 2)] * 2) for a in (0, 1))
+        return builder.fadd(*(builder.shuffle_vector(found[0], found[0], part) for part in (low, high)))
+
+    def code(context, builder, signature, args):
+        def quarter(q, r, b):
+            byte = simd_code.I64(((q * TALL + r) * 2 + b) * VECTOR)
+            found = builder.load(builder.inttoptr(builder.add(args[0], byte), lanes.as_pointer()))
+            found.align = 4
+            return found
+
+        each = [(r, b) for b in range(2) for r in range(TALL)]
+        first, second = ([builder.fadd(quarter(q, *i), quarter(q + 2, *i)) for i in each] for q in (0, 1))
+        if _mixed(marker.kind):
+            return builder.fadd(folded(builder, first), folded(builder, second))
+        return folded(builder, [builder.fadd(a, b) for a, b in zip(first, second, strict=True)])
+
+    return simd.Floats16(types.int64, marker), code
 
 
 @intrinsic
@@ -250,90 +442,88 @@ def _halves(typing, v, kind):
     return types.UniTuple(simd.Shorts16, 4)(simd.Bytes64, kind), code
 
 
-def _numbers(marker, codes, i):
-    """Weights i to i + 63 as float32, in four vectors."""
+def _numbers(marker, at):
+    """64 weights as float32, in four vectors."""
 
 
 @overload(_numbers)
-def _numbers_of(marker, codes, i):
+def _numbers_of(marker, at):
     name, eight = marker.kind.dtype, F32(256)
-    if name in ("float8_e4m3fn", "float8_e5m2"):
 
-        def numbers(marker, codes, i):
-            a, b, c, d = _halves(load_bytes64(codes, i), marker)
-            return half_to_float(a), half_to_float(b), half_to_float(c), half_to_float(d)
+    def e5m2(marker, at):
+        a, b, c, d = _halves(_bytes(at), marker)
+        return half_to_float(a), half_to_float(b), half_to_float(c), half_to_float(d)
 
-        def larger_numbers(marker, codes, i):
-            a, b, c, d = _halves(load_bytes64(codes, i), marker)
-            more = same_float(eight)
-            return (
-                mulf(half_to_float(a), more),
-                mulf(half_to_float(b), more),
-                mulf(half_to_float(c), more),
-                mulf(half_to_float(d), more),
-            )
-
-        return larger_numbers if name == E4M3 else numbers
-
-    def four(marker, codes, i):
+    def e4m3(marker, at):
+        a, b, c, d = _halves(_bytes(at), marker)
+        more = same_float(eight)
         return (
-            _sixteen(marker, codes, i),
-            _sixteen(marker, codes, i + 16),
-            _sixteen(marker, codes, i + 32),
-            _sixteen(marker, codes, i + 48),
+            mulf(half_to_float(a), more),
+            mulf(half_to_float(b), more),
+            mulf(half_to_float(c), more),
+            mulf(half_to_float(d), more),
         )
 
-    return four
+    def four(marker, at):
+        step = size_of_sixteen
+        return (
+            _sixteen(marker, at),
+            _sixteen(marker, at + step),
+            _sixteen(marker, at + 2 * step),
+            _sixteen(marker, at + 3 * step),
+        )
+
+    size_of_sixteen = 16 * BYTES[name]
+    return {E4M3: e4m3, E5M2: e5m2}.get(name, four)
 
 
-def _sixteen(marker, codes, i):
-    """Weights i to i + 15 as float32."""
+def _sixteen(marker, at):
+    """Sixteen weights as float32."""
 
 
 @overload(_sixteen)
-def _sixteen_of(marker, codes, i):
+def _sixteen_of(marker, at):
     return {
-        "float32": lambda marker, codes, i: load_floats16(codes, 4 * i),
-        "bfloat16": lambda marker, codes, i: bfloat_to_float(load_shorts16(codes, 2 * i)),
-        "float16": lambda marker, codes, i: half_to_float(load_shorts16(codes, 2 * i)),
+        "float32": lambda marker, at: _floats(at),
+        "bfloat16": lambda marker, at: bfloat_to_float(_shorts(at)),
+        "float16": lambda marker, at: half_to_float(_shorts(at)),
     }[marker.kind.dtype]
 
 
-def _times(marker, numbers, factor, scale, row, column, wide):
-    """64 numbers from a column on, times their scales."""
+def _factor(marker, scale, group):
+    """The scale of 64 columns or more. scale : where a row's begin"""
 
 
-@overload(_times)
-def _times_of(marker, numbers, factor, scale, row, column, wide):
+@overload(_factor)
+def _factor_of(marker, scale, group):
+    if marker.kind.scaled == LANES:
+        return lambda marker, scale, group: same_float(_number(scale + 4 * group))
+    return lambda marker, scale, group: zero_floats()
+
+
+def _weights(marker, at, factor, scale, groups, column, wide):
+    """64 weights from a column on, times their scales."""
+
+
+@overload(_weights)
+def _weights_of(marker, at, factor, scale, groups, column, wide):
     if not marker.kind.scaled:
-        return lambda marker, numbers, factor, scale, row, column, wide: numbers
+        return lambda marker, at, factor, scale, groups, column, wide: _numbers(marker, at)
     if marker.kind.scaled == LANES:
 
-        def times_one(marker, numbers, factor, scale, row, column, wide):
-            a, b, c, d = numbers
+        def times_one(marker, at, factor, scale, groups, column, wide):
+            a, b, c, d = _numbers(marker, at)
             return mulf(a, factor), mulf(b, factor), mulf(c, factor), mulf(d, factor)
 
         return times_one
 
-    def times(marker, numbers, factor, scale, row, column, wide):
-        last = scale.shape[1] - 1  # beyond which the last 64 columns may reach
-        low = same_float(scale[row, column // wide])
-        high = same_float(scale[row, min((column + 32) // wide, last)])
-        a, b, c, d = numbers
+    def times_two(marker, at, factor, scale, groups, column, wide):
+        second = min((column + 32) // wide, groups - 1)  # beyond which the last 64 columns may reach
+        low, high = same_float(_number(scale + 4 * (column // wide))), same_float(_number(scale + 4 * second))
+        a, b, c, d = _numbers(marker, at)
         return mulf(a, low), mulf(b, low), mulf(c, high), mulf(d, high)
 
-    return times
-
-
-def _factor(marker, scale, row, group):
-    """The scale of 64 columns or more."""
-
-
-@overload(_factor)
-def _factor_of(marker, scale, row, group):
-    if marker.kind.scaled == LANES:
-        return lambda marker, scale, row, group: same_float(scale[row, group])
-    return lambda marker, scale, row, group: zero_floats()
+    return times_two
 
 
 def _sum(marker, sums):
@@ -355,23 +545,22 @@ def _sum_of(marker, sums):
     return one_after_the_other
 
 
-def _none_among(marker, codes, first, cols):
+def _none_among(marker, at, cols):
     """Whether a weight of a row is NaN, and no vector shows it."""
 
 
 @overload(_none_among)
-def _none_among_of(marker, codes, first, cols):
+def _none_among_of(marker, at, cols):
     if marker.kind.dtype != E4M3:
-        return lambda marker, codes, first, cols: False
+        return lambda marker, at, cols: False
 
-    def look(marker, codes, first, cols):
+    def look(marker, at, cols):
         magnitude, one, found = same_byte(np.uint8(0x7F)), same_byte(np.uint8(1)), same_byte(np.uint8(0))
-        whole = first + cols // LANES * LANES
-        for i in range(first, whole, LANES):  # what 1 more brings to the top bit is 0x7f
-            found = or_(found, add(and_(load_bytes64(codes, i), magnitude), one))
+        for i in range(at, at + cols // LANES * LANES, LANES):  # what 1 more brings to the top bit is 0x7f
+            found = or_(found, add(and_(_bytes(i), magnitude), one))
         top = _any_bits(as_ints(found)) & TOP_BITS
-        for i in range(whole, first + cols):
-            top |= np.uint32(np.uint8(codes[i] & np.uint8(0x7F)) == np.uint8(0x7F))
+        for i in range(at + cols // LANES * LANES, at + cols):
+            top |= np.uint32(_byte(i) & np.uint8(0x7F) == np.uint8(0x7F))
         return top != 0
 
     return look
@@ -383,14 +572,27 @@ def _nothing():
 
 
 @njit(cache=True, nogil=True)
-def _more(marker, sums, codes, i, factor, scale, row, column, wide, x, at):
-    """Sums of 64 lanes, and the products of 64 columns from `column` on. row : of scales; at : bytes"""
-    w = _times(marker, _numbers(marker, codes, i), factor, scale, row, column, wide)
+def _apart(at, step):
+    """Four vectors, so many bytes from one to the next."""
+    return _floats(at), _floats(at + step), _floats(at + 2 * step), _floats(at + 3 * step)
+
+
+@njit(cache=True, nogil=True)
+def _put_apart(at, step, four):
+    _put(at, four[0])
+    _put(at + step, four[1])
+    _put(at + 2 * step, four[2])
+    _put(at + 3 * step, four[3])
+
+
+@njit(cache=True, nogil=True)
+def _add(sums, w, x):
+    """Four vectors of sums, and four products."""
     return (
-        addf(sums[0], mulf(w[0], load_floats16(x, at))),
-        addf(sums[1], mulf(w[1], load_floats16(x, at + 64))),
-        addf(sums[2], mulf(w[2], load_floats16(x, at + 128))),
-        addf(sums[3], mulf(w[3], load_floats16(x, at + 192))),
+        addf(sums[0], mulf(w[0], x[0])),
+        addf(sums[1], mulf(w[1], x[1])),
+        addf(sums[2], mulf(w[2], x[2])),
+        addf(sums[3], mulf(w[3], x[3])),
     )
 
 
@@ -398,75 +600,252 @@ def _more(marker, sums, codes, i, factor, scale, row, column, wide, x, at):
 def _below(places, end, more, sums):
     """The lanes of the first `end` columns of the one, and others of the other."""
     return (
-        select_less(load_ints16(places, 0), end, more[0], sums[0]),
-        select_less(load_ints16(places, 64), end, more[1], sums[1]),
-        select_less(load_ints16(places, 128), end, more[2], sums[2]),
-        select_less(load_ints16(places, 192), end, more[3], sums[3]),
+        select_less(_ints(places), end, more[0], sums[0]),
+        select_less(_ints(places + VECTOR), end, more[1], sums[1]),
+        select_less(_ints(places + 2 * VECTOR), end, more[2], sums[2]),
+        select_less(_ints(places + 3 * VECTOR), end, more[3], sums[3]),
     )
 
 
-def _kernel_of(kind: Kind) -> Any:
-    """The loop for one kind of weights."""
-    marker, both, size = Marker(kind), kind.both, BYTES[kind.dtype]
+# ---------------------------------------------------------------- few rows of activations
+
+
+def _few_of(kind: Kind) -> Any:
+    """The loop for few rows of activations, which meet weights as they come."""
+    marker, size = Marker(kind), BYTES[kind.dtype]
 
     @njit(cache=True, nogil=True)
-    def _multiply(codes, cols, x, out, scale, tall, wide, places, room, start, stop):
-        """Four sums at a time: four rows with one of activations, or two rows with two; the last may be there twice.
+    def _multiply_few(codes, cols, x, out, scale, groups, tall, wide, places, room, start, stop, shift):
+        """Four rows at a time, with one of activations after the other; the last row may be there twice.
 
-        LLVM sees that two sums have weights or activations in common, and reads those once. The last columns, of
-        which there are fewer than 64, are copied to `room`, and multiplied there.
+        x : (batch, whole chunks of 64 columns). The last weights of a row, fewer than 64, are copied to `room`.
         """
-        few, padded, numbers = cols % LANES, x.shape[1], x.reshape(-1)
-        for r0 in range(start, stop, 2 if both else 4):
-            r1 = r0 if both else min(r0 + 1, stop - 1)
-            r2 = min(r0 + 1, stop - 1) if both else min(r0 + 2, stop - 1)
-            r3 = r2 if both else min(r0 + 3, stop - 1)
-            s0, s1, s2, s3 = r0 // tall, r1 // tall, r2 // tall, r3 // tall
-            for m in range(0, x.shape[0], 2 if both else 1):
-                n = min(m + 1, x.shape[0] - 1) if both else m
-                at, to = 4 * m * padded, 4 * n * padded
+        few = cols % LANES
+        whole, there, step = cols - few, same_int(np.int32(few)), LANES * size
+        for r0 in range(start, stop, 4):
+            r1, r2, r3 = min(r0 + 1, stop - 1), min(r0 + 2, stop - 1), min(r0 + 3, stop - 1)
+            s0, s1 = scale + r0 // tall * groups * 4, scale + r1 // tall * groups * 4
+            s2, s3 = scale + r2 // tall * groups * 4, scale + r3 // tall * groups * 4
+            for m in range(out.shape[0]):
+                to = x + m * ((cols + LANES - 1) // LANES) * LANES * 4
+                i0, i1 = codes + r0 * cols * size, codes + r1 * cols * size
+                i2, i3 = codes + r2 * cols * size, codes + r3 * cols * size
                 a, b, c, d = _nothing(), _nothing(), _nothing(), _nothing()
-                e, f, g, h = a, b, c, d
                 f0, f1, f2, f3 = zero_floats(), zero_floats(), zero_floats(), zero_floats()
-                group, end, column = 0, 0, 0
-                for part in range(2 if few else 1):
-                    source, last = codes, cols - few
-                    i0, i1, i2, i3 = r0 * cols, r1 * cols, r2 * cols, r3 * cols
-                    if part:
-                        for k in range(few * size):
-                            at_k = (cols - few) * size + k
-                            room[k] = codes[i0 * size + at_k]
-                            room[LANES * size + k] = codes[i1 * size + at_k]
-                            room[2 * LANES * size + k] = codes[i2 * size + at_k]
-                            room[3 * LANES * size + k] = codes[i3 * size + at_k]
-                        i0, i1, i2, i3 = -column, LANES - column, 2 * LANES - column, 3 * LANES - column
-                        e, f, g, h, source, last = a, b, c, d, room, cols
-                    while column < last:
-                        if column == end:
-                            f0, f1 = _factor(marker, scale, s0, group), _factor(marker, scale, s1, group)
-                            f2, f3 = _factor(marker, scale, s2, group), _factor(marker, scale, s3, group)
-                            group, end = group + 1, end + wide
-                        a = _more(marker, a, source, i0 + column, f0, scale, s0, column, wide, numbers, at + 4 * column)
-                        b = _more(marker, b, source, i1 + column, f1, scale, s1, column, wide, numbers, to + 4 * column)
-                        c = _more(marker, c, source, i2 + column, f2, scale, s2, column, wide, numbers, at + 4 * column)
-                        d = _more(marker, d, source, i3 + column, f3, scale, s3, column, wide, numbers, to + 4 * column)
-                        if not both and size == 1:  # a line of each of the next four rows
-                            prefetch(codes, i0 + column + 4 * cols)
-                            prefetch(codes, i1 + column + 4 * cols)
-                            prefetch(codes, i2 + column + 4 * cols)
-                            prefetch(codes, i3 + column + 4 * cols)
-                        column += LANES
-                if few:
-                    there = same_int(np.int32(few))
-                    a, b = _below(places, there, a, e), _below(places, there, b, f)
-                    c, d = _below(places, there, c, g), _below(places, there, d, h)
-                out[m, r0], out[n, r1] = _sum(marker, a), _sum(marker, b)
-                out[m, r2], out[n, r3] = _sum(marker, c), _sum(marker, d)
+                group, end = 0, 0
+                for column in range(0, cols, LANES):
+                    if column == end:
+                        f0, f1 = _factor(marker, s0, group), _factor(marker, s1, group)
+                        f2, f3 = _factor(marker, s2, group), _factor(marker, s3, group)
+                        group, end = group + 1, end + wide
+                    if column == whole:
+                        _copy(room, i0, few * size)
+                        _copy(room + step, i1, few * size)
+                        _copy(room + 2 * step, i2, few * size)
+                        _copy(room + 3 * step, i3, few * size)
+                        i0, i1, i2, i3 = room, room + step, room + 2 * step, room + 3 * step
+                    here = _apart(to + 4 * column, VECTOR)
+                    e = _add(a, _weights(marker, i0, f0, s0, groups, column, wide), here)
+                    f = _add(b, _weights(marker, i1, f1, s1, groups, column, wide), here)
+                    g = _add(c, _weights(marker, i2, f2, s2, groups, column, wide), here)
+                    h = _add(d, _weights(marker, i3, f3, s3, groups, column, wide), here)
+                    if column == whole:
+                        e, f = _below(places, there, e, a), _below(places, there, f, b)
+                        g, h = _below(places, there, g, c), _below(places, there, h, d)
+                    a, b, c, d = e, f, g, h
+                    if size == 1:  # of the next four rows
+                        _ask_for(i0 + 4 * cols, marker)
+                        _ask_for(i1 + 4 * cols, marker)
+                        _ask_for(i2 + 4 * cols, marker)
+                        _ask_for(i3 + 4 * cols, marker)
+                    i0, i1, i2, i3 = i0 + step, i1 + step, i2 + step, i3 + step
+                out[m, r0 + shift], out[m, r1 + shift] = _sum(marker, a), _sum(marker, b)
+                out[m, r2 + shift], out[m, r3 + shift] = _sum(marker, c), _sum(marker, d)
             for row in range(r0, r3 + 1):
-                if _none_among(marker, codes, row * cols, cols):
-                    out[:, row] = np.nan
+                if _none_among(marker, codes + row * cols, cols):
+                    out[:, row + shift] = np.nan
 
-    return _multiply
+    return _multiply_few
 
 
-_kernel = cache(_kernel_of)
+_few = cache(_few_of)
+
+# ---------------------------------------------------------------- many rows of activations
+
+
+@njit(cache=True, nogil=True)
+def _two_apart(at, then):
+    """Two vectors at each of two places."""
+    return _floats(at), _floats(at + VECTOR), _floats(then), _floats(then + VECTOR)
+
+
+@njit(cache=True, nogil=True)
+def _put_two_apart(at, then, four):
+    _put(at, four[0])
+    _put(at + VECTOR, four[1])
+    _put(then, four[2])
+    _put(then + VECTOR, four[3])
+
+
+@njit(cache=True, nogil=True)
+def _first_four(marker, size, at, columns, factors, rest, numbers, x, sums, far):
+    """One row of weights with the first four of activations. Numbers are written to their panel for the others.
+
+    at : where weights begin, from the first column on, of `size` bytes each
+    columns : the first, the last, and how many there are at all
+    factors : where the row's scales begin, how many there are, and columns that share one
+    rest : what the last columns take: their places, and room to copy weights to
+    numbers : where the row begins in its panel, and bytes from quarter to quarter
+    x : where two pairs begin, and bytes from quarter to quarter
+    sums : likewise, and whether they begin at 0
+    far : bytes from a row's weights to those to ask for
+    """
+    first, last, cols = columns
+    scale, groups, wide = factors
+    to, quarter = numbers
+    i, j, apart = x
+    low, high, eight, begins = sums
+    column, group = first, first // wide
+    end, factor = group * wide, zero_floats()
+    a, b, c, d = _nothing(), _nothing(), _nothing(), _nothing()
+    if not begins:
+        a, b, c, d = _apart(low, eight), _apart(low + VECTOR, eight), _apart(high, eight), _apart(high + VECTOR, eight)
+    while column < last:
+        if column >= end:
+            factor = _factor(marker, scale, group)
+            group, end = group + 1, end + wide
+        _ask_for(at + far, marker)
+        if column + LANES > cols:  # others are zeros, which add nothing, even where a scale is infinite
+            _copy(rest[1], at, (cols - column) * size)
+            w = _weights(marker, rest[1], factor, scale, groups, column, wide)
+            w = _below(rest[0], same_int(np.int32(cols - column)), w, _nothing())
+        else:
+            w = _weights(marker, at, factor, scale, groups, column, wide)
+        _put_apart(to, quarter, w)
+        a, b = _add(a, w, _apart(i, apart)), _add(b, w, _apart(i + VECTOR, apart))
+        c, d = _add(c, w, _apart(j, apart)), _add(d, w, _apart(j + VECTOR, apart))
+        column, at, to, i, j = column + LANES, at + LANES * size, to + TALL * VECTOR, i + 2 * VECTOR, j + 2 * VECTOR
+    _put_apart(low, eight, a)
+    _put_apart(low + VECTOR, eight, b)
+    _put_apart(high, eight, c)
+    _put_apart(high + VECTOR, eight, d)
+
+
+@njit(cache=True, nogil=True)
+def _four(w, x, then, deep, low, high, begins):
+    """Four rows of weights with four of activations: sixteen lanes of each, `deep` times.
+
+    w : where a quarter of the rows begins; x, then : two pairs of activations; low, high : their sums
+    begins : whether sums begin at 0
+    """
+    a, b, c, d = _nothing(), _nothing(), _nothing(), _nothing()
+    if not begins:
+        a, b = _two_apart(low, high), _two_apart(low + 2 * VECTOR, high + 2 * VECTOR)
+        c, d = _two_apart(low + 4 * VECTOR, high + 4 * VECTOR), _two_apart(low + 6 * VECTOR, high + 6 * VECTOR)
+    for _ in range(deep):
+        four = _two_apart(x, then)
+        a, b = _add(a, _same(w), four), _add(b, _same(w + VECTOR), four)
+        c, d = _add(c, _same(w + 2 * VECTOR), four), _add(d, _same(w + 3 * VECTOR), four)
+        x, then, w = x + 2 * VECTOR, then + 2 * VECTOR, w + TALL * VECTOR
+    _put_two_apart(low, high, a)
+    _put_two_apart(low + 2 * VECTOR, high + 2 * VECTOR, b)
+    _put_two_apart(low + 4 * VECTOR, high + 4 * VECTOR, c)
+    _put_two_apart(low + 6 * VECTOR, high + 6 * VECTOR, d)
+
+
+@njit(cache=True, nogil=True)
+def _same(at):
+    """One vector, four times."""
+    found = _floats(at)
+    return found, found, found, found
+
+
+@njit(cache=True, nogil=True)
+def _twice(at):
+    """Two vectors, each of them twice."""
+    first, second = _floats(at), _floats(at + VECTOR)
+    return first, first, second, second
+
+
+@njit(cache=True, nogil=True)
+def _two(w, x, deep, low, begins):
+    """`_four` with one pair of activations."""
+    a, b = _nothing(), _nothing()
+    if not begins:
+        a, b = _apart(low, VECTOR), _apart(low + 4 * VECTOR, VECTOR)
+    for _ in range(deep):
+        pair = _two_apart(x, x)
+        a = _add(a, _twice(w), pair)
+        b = _add(b, _twice(w + 2 * VECTOR), pair)
+        x, w = x + 2 * VECTOR, w + TALL * VECTOR
+    _put_apart(low, VECTOR, a)
+    _put_apart(low + 4 * VECTOR, VECTOR, b)
+
+
+def _many_of(kind: Kind) -> Any:
+    """The loop for many rows of activations: numbers are laid out first, and serve all of them."""
+    marker, size = Marker(kind), BYTES[kind.dtype]
+
+    @njit(cache=True, nogil=True)
+    def _multiply_many(
+        codes, cols, x, pairs, out, scale, groups, tall, wide, places, room, numbers, sums, eight, start, stop, shift
+    ):
+        """Sixteen rows at a time, in panels of four; the last row may be there several times.
+
+        numbers : (panels, 4 quarters of the lanes, chunks of 64 columns, 4 rows, 16 lanes)
+        x : (4 quarters, pairs, chunks, 2, 16)
+        sums : (panels, pairs, 4 quarters, 4 rows, 2, 16)
+
+        Of quarters and pairs, chunks are one more than there are, lest lines drive each other from the cache. A quarter
+        of a panel and one of four activations stay in the nearest cache while they meet.
+        """
+        chunks = (cols + LANES - 1) // LANES
+        apart = (chunks + 1) * 2 * VECTOR
+        for r0 in range(start, stop, PANELS * TALL):
+            panels = min(PANELS, (stop - r0 + TALL - 1) // TALL)
+            for first in range(0, chunks, DEEP):
+                deep = min(DEEP, chunks - first)
+                quarter = (deep + 1) * TALL * VECTOR
+                here = x + first * 2 * VECTOR
+                for r in range(panels * TALL):
+                    row = min(r0 + r, stop - 1)
+                    low = sums + (r // TALL * pairs * 32 + r % TALL * 2) * VECTOR
+                    _first_four(
+                        marker,
+                        size,
+                        codes + (row * cols + first * LANES) * size,
+                        (first * LANES, (first + deep) * LANES, cols),
+                        (scale + row // tall * groups * 4, groups, wide),
+                        (places, room),
+                        (numbers + r // TALL * 4 * quarter + r % TALL * VECTOR, quarter),
+                        (here, here + apart, pairs * apart),
+                        (low, low + 32 * VECTOR, 8 * VECTOR, first == 0),
+                        PANELS * TALL * cols * size,
+                    )
+                for q in range(4):
+                    for pair in range(2, pairs, 2):
+                        i = here + (q * pairs + pair) * apart
+                        for panel in range(panels):
+                            w = numbers + (panel * 4 + q) * quarter
+                            low = sums + ((panel * pairs + pair) * 4 + q) * 8 * VECTOR
+                            if pair + 1 < pairs:
+                                _four(w, i, i + apart, deep, low, low + 32 * VECTOR, first == 0)
+                            else:
+                                _two(w, i, deep, low, first == 0)
+            for pair in range(pairs):
+                for panel in range(panels):
+                    _put(eight.ctypes.data, _eight_sums(sums + (panel * pairs + pair) * 32 * VECTOR, marker))
+                    for r in range(TALL):
+                        row = min(r0 + panel * TALL + r, stop - 1) + shift
+                        if 2 * pair < out.shape[0]:
+                            out[2 * pair, row] = eight[r]
+                        if 2 * pair + 1 < out.shape[0]:
+                            out[2 * pair + 1, row] = eight[TALL + r]
+            for row in range(r0, min(r0 + PANELS * TALL, stop)):
+                if _none_among(marker, codes + row * cols, cols):
+                    out[:, row + shift] = np.nan
+
+    return _multiply_many
+
+
+_many = cache(_many_of)

@@ -168,11 +168,12 @@ def _bytes(lanes: int) -> Callable[..., None]:
 
 
 def _spread_plainly(bits: int) -> Callable[..., None]:
-    """Sixteen codes from as many fields of `bits` bits, one after the other from byte `byte` on."""
+    """Bits `low` and above of sixteen codes from as many fields of `bits` bits, one after the other from `byte` on."""
 
-    def write(codes, at, record, byte):
+    def write(codes, at, record, byte, low):
         fields = np.unpackbits(record[byte : byte + 2 * bits], bitorder="little").reshape(16, bits)
-        codes[at : at + 16] = np.packbits(fields, axis=1, bitorder="little")[:, 0]
+        below = codes[at : at + 16] & np.uint8((1 << low) - 1)
+        codes[at : at + 16] = below | np.packbits(fields, axis=1, bitorder="little")[:, 0] << np.uint8(low)
 
     return write
 
@@ -180,7 +181,7 @@ def _spread_plainly(bits: int) -> Callable[..., None]:
 def _spread(bits: int) -> Callable[..., None]:
     """`_spread_plainly`, compiled: each field is cut out of the two bytes that it begins in."""
 
-    def write(typing, codes, at, record, byte):
+    def write(typing, codes, at, record, byte, low):
         def code(context, builder, signature, args):
             v, stored = _Vectors(16, context, builder), _Vectors(2 * bits, context, builder)
             found = builder.load(stored.place(signature.args[2], *args[2:4], 8))
@@ -190,11 +191,14 @@ def _spread(bits: int) -> Callable[..., None]:
             pairs = builder.shuffle_vector(found, found, ir.Constant(ir.VectorType(ir.IntType(32), 32), both))
             shifts = ir.Constant(v.of(16), [bits * i % 8 for i in range(16)])
             fields = builder.and_(builder.lshr(builder.bitcast(pairs, v.of(16)), shifts), v.constant((1 << bits) - 1))
-            place = v.place(signature.args[0], *args[:2], 8)
-            builder.store(builder.trunc(fields, place.type.pointee), place).align = 1
+            place, one = v.place(signature.args[0], *args[:2], 8), ir.Constant(ir.IntType(16), 1)
+            keep = v.all(builder.sub(builder.shl(one, args[4]), one))
+            below = builder.and_(v.load(signature.args[0], *args[:2]), keep)
+            both = builder.or_(below, builder.shl(fields, v.all(args[4])))
+            builder.store(builder.trunc(both, place.type.pointee), place).align = 1
             return context.get_dummy_value()
 
-        return types.void(codes, types.int64, record, types.int64), code
+        return types.void(codes, types.int64, record, types.int64, types.uint16), code
 
     return intrinsic(write)
 
