@@ -123,8 +123,9 @@ class PackedTensor:
         PackfmtError
             If `threads` is not a whole number of 1 to 256.
         """
-        ready = products.product(self.layout, self.matrix, self.components, prod(np.shape(x)[:-1]))
-        return products.multiply(ready, x, self.shape[:-1], threads)
+        flat = products.rows_of(x, self.layout, self.matrix[1])  # refused before the weight is made ready
+        ready = products.product(self.layout, self.matrix, self.components, len(flat))
+        return products.multiply(ready, flat, self.shape[:-1], threads).reshape((*x.shape[:-1], *self.shape[:-1]))
 
     def repack(self, layout: Layout, rounded_reciprocal: bool = False) -> PackedTensor:
         """The same numbers in another layout: bits move, or codes are spelled anew; nothing is rounded.

@@ -7,13 +7,14 @@ layouts that a file brings with it. What does not fit goes the general way.
 
 Fits: codes lie in cells of one component, row by row and block by block, as fields within a byte or one after the
 other, as bytes, base-3 bytes or quads; scales are whole numbers in such cells, of any float dtype, or codes of a
-number format, and may be shared by rows; one number may scale the whole tensor.
+number format, and may be shared by rows; one number may scale the whole tensor. Planes are read as columns of a cell.
+Codes and scales that lie in another way are unpacked first, and then lie row by row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
 from types import ModuleType
@@ -24,8 +25,8 @@ import numpy.typing as npt
 
 from packfmt import grids, minifloat
 from packfmt.errors import LayoutError
-from packfmt.layout import REST, TOP, Codes, Digit, Layout, Member, Values, dtype_of
-from packfmt.placement import Array, Arrays
+from packfmt.layout import REST, TOP, Codes, Component, Digit, Layout, Member, Values, dtype_of, grid
+from packfmt.placement import Array, Arrays, unpack
 
 if TYPE_CHECKING:
     from packfmt.kernels.blocks import Places
@@ -34,23 +35,31 @@ F32 = np.float32
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
+Ranged = Callable[[int, int], Array]  # first row, end -> what belongs to these rows
 Decoder = Callable[[tuple[int, int], Arrays, Array, bool], bool]  # shape, components, out, through
-Formula = Callable[..., Any]  # records, places, scale, out -> False if it cannot tell
 Scales = Callable[[int, int], Floats]  # first row, end -> (rows or 1, groups)
 
 LEAST_WEIGHTS: Final = 1 << 19  # worth a thread: a tenth of a millisecond
 STRIP: Final = 1 << 18  # weights computed at a time, in the cache
+WIDENED: Final = ("<f4", "<f2", "bfloat16")  # what a kernel widens to float32
 LEAST_THROUGH: Final = 1 << 23  # bytes of weights that would not stay in the cache, and are written past it
 MOST_CODES: Final = 1 << 12  # of a cell
 FEW_CODES: Final = 256  # cells of fewer are read several at a time
 PARAMETERS: Final = {
     "affine": {"zero"},
+    "quotient": {"zero"},
+    "plane_digits": {"count", "ratio"},
     "levels": {"values"},
     "table": {"values", "exponent"},
     "scaled": {"element", "scale", "global_scale"},
+    "either": {"element", "other", "global_scale"},
+    "hif4": {"element", "scale"},
     "quads": {"stride", "values"},
+    "quads_in_fives": {"stride", "values"},
     "base3": {"block", "runs", "first"},
 }
+PARTS: Final = {"codes", "scale", "global_scale", "perm"}
+DOUBLED: Final = ("shift8", "shift4")
 GLOBAL: Final = {"times": np.multiply, "divides": np.divide}  # what a scale of the whole tensor does to others
 
 
@@ -77,22 +86,22 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays, out: Arra
     weights = grids.decode(layout, shape, components)
     if out is None:
         return weights
-    if narrow:
-        _round(weights, out.view(np.uint16), through)
-    else:
-        out[:] = weights
+    _convert(weights, out.view(np.uint16) if narrow else out, through)
     return out
 
 
-def _round(weights: Floats, out: Array, through: bool) -> None:
-    """Float32 to the bits of bfloat16, on all threads."""
+def _convert(numbers: Array, out: Array, through: bool) -> None:
+    """Plain numbers to float32, or to the bits of bfloat16, on all threads."""
     from packfmt.kernels import threads
 
+    source, target = numbers.reshape(-1), out.reshape(-1)
+
     def work(start: int, stop: int) -> None:
-        _blocks().round_to_bfloat(weights[start:stop], out[start:stop], through)
+        each = slice(start * LEAST_WEIGHTS, stop * LEAST_WEIGHTS)
+        _blocks().convert(source[each], target[each], through)
 
     if out.size:
-        threads.spread(work, len(out), -(-LEAST_WEIGHTS // out.shape[1]))
+        threads.spread(work, -(-out.size // LEAST_WEIGHTS))
 
 
 @lru_cache(maxsize=256)
@@ -104,17 +113,19 @@ def decoder(layout: Layout) -> Decoder | None:
     bits of bfloat16; `through` writes it past the cache, which pays where it is large, and its pages have been
     touched before.
     """
+    if layout.axes[0].of != "rows":  # which `grids.decode` refuses
+        return None
+    if layout.grid.name == "plain":
+        return _dense(layout)
     try:
-        codes, scale, whole = _cells(layout, "codes"), _cells(layout, "scale"), _whole(layout)
-        _check(codes.cols and codes.rows == codes.share == 1)
-        formula, direct = _formula(layout, scale.cols // scale.count or codes.cols)
-        numbers = _numbers(layout, scale)
-        _places(layout, codes, 1)
-    except (Unfit, KeyError, TypeError, ValueError, OverflowError):
+        flat, planes = _flat(layout)
+        source, formula = _source(flat, layout, planes), _formula(flat, planes)
+        scales = _scales(flat, layout, planes)
+    except (Unfit, LayoutError, KeyError, TypeError, ValueError, OverflowError, IndexError):
         return None
     # hashing a layout takes longer than decoding a small tensor, so this is remembered here
-    places_of = lru_cache(maxsize=64)(lambda cells: _places(layout, codes, _together(cells, codes)))
     described = lru_cache(maxsize=64)(partial(_described, layout))
+    permuted = any(m.name == "perm" for _, m, _ in layout.members())
 
     def run(shape: tuple[int, int], components: Arrays, out: Array, through: bool = False) -> bool:
         from packfmt.kernels import threads
@@ -123,46 +134,75 @@ def decoder(layout: Layout) -> Decoder | None:
         wanted = described(shape)
         if not rows or not cols or any(_shape_dtype(components.get(name)) != w for name, w in wanted.items()):
             return False
-        factor = F32(1)
-        if whole:
-            (factor,) = components[whole].reshape(-1).astype(F32)
-        # the last cell or scale is cut off at the edge; or which NaN survives is the processor's choice
-        if cols % codes.cols or (scale.cols and cols % scale.cols) or np.isnan(factor):
+        stored, scaling = source(shape, components), scales(shape, components)
+        order = _inverse(_unpacked(layout, shape, components, "perm")) if permuted else None
+        if not stored or not scaling or not formula.fits(cols, scaling.groups) or (permuted and order is None):
             return False
-        records = _rows(components[codes.component], rows)
-        places = places_of(records.shape[1] // codes.nbytes)
-        scales = numbers(components[scale.component], rows, factor)
+        (records, places), which = stored, scaling.which
         unclear: list[int] = []
-        options, step, group = {}, max(1, STRIP // cols), scale.cols // scale.count or cols
-        if through and out.dtype == F32 and direct and not layout.hadamard and _blocks().fits_through(out, group):
-            options, through, step = {"through": True}, False, 4 * step
+        step = max(1, STRIP // cols)
+        itself = formula.finishes(cols, scaling.groups) and not layout.hadamard and not permuted
+        kept = not itself and (through or out.dtype != F32 or permuted)
+        options = {"through": through} if itself else {}
 
-        def strip(start: int, stop: int, target: Floats) -> None:
-            if formula(records[start:stop], places, scales(start, stop), target, **options) is False:
+        def strip(start: int, stop: int, target: Array) -> None:
+            more = options if which is None else {**options, "which": which(start, stop)}
+            if formula.write(records[start:stop], places, scaling.numbers(start, stop), target, **more) is False:
                 unclear.append(start)
             if layout.hadamard:
                 _hadamard(target, layout.hadamard)
 
-        threads.spread(partial(_by_strips, strip, out, step, through), rows, -(-LEAST_WEIGHTS // cols))
+        work = partial(_by_strips, strip, out, 4 * step if itself else step, kept, through, order)
+        threads.spread(work, rows, -(-LEAST_WEIGHTS // cols))
         return not unclear
 
     return run
 
 
 def _by_strips(
-    strip: Callable[[int, int, Floats], None], out: Array, step: int, through: bool, start: int, stop: int
+    strip: Callable[[int, int, Array], None],
+    out: Array,
+    step: int,
+    kept: bool,
+    through: bool,
+    order: Ints | None,
+    start: int,
+    stop: int,
 ) -> None:
-    """Compute rows a strip at a time, which stays in the cache until it is done."""
-    narrow = out.dtype != F32
-    room = np.empty((min(step, stop - start), out.shape[1]), F32) if through or narrow else out[:0]
+    """Compute rows a strip at a time, which if `kept` stays in the cache until it is done."""
+    rooms = np.empty((2 if order is not None else 1, min(step, stop - start), out.shape[1]), F32) if kept else out[:0]
     for first in range(start, stop, step):
         end = min(stop, first + step)
-        mine = room[: end - first] if len(room) else out[first:end]
+        if not kept:
+            strip(first, end, out[first:end])
+            continue
+        mine = rooms[0, : end - first]
         strip(first, end, mine)
-        if narrow:
-            _blocks().round_to_bfloat(mine, out[first:end], through)
-        elif through:
-            _blocks().write_through(mine, out[first:end])
+        if order is not None:
+            _blocks().take(mine, order, rooms[1, : end - first])
+            mine = rooms[1, : end - first]
+        _blocks().convert(mine.reshape(-1), out[first:end].reshape(-1), through)
+
+
+def _dense(layout: Layout) -> Decoder | None:
+    """`decoder` for plain numbers."""
+    if layout.hadamard or layout.grid.params or len(layout.components) != 1 or layout.streams:
+        return None
+    (dtype,) = {m.dtype for _, m, _ in layout.members() if isinstance(m, Values)} or {""}
+    if dtype not in WIDENED or layout.axes[0].of != "rows" or layout.axes[0].per != 1:
+        return None
+
+    def run(shape: tuple[int, int], components: Arrays, out: Array, through: bool = False) -> bool:
+        if not out.size or any(_shape_dtype(components.get(n)) != w for n, w in _described(layout, shape).items()):
+            return False
+        (only,) = layout.fit(*shape).components
+        plain = np.ascontiguousarray(components[only.name])
+        in_order = [(d.axis, d.stride) for d in only.over] == [(a.name, 1) for a in layout.axes]
+        numbers = plain if in_order else np.ascontiguousarray(unpack(layout, shape, components)["values"])
+        _convert(numbers.view(np.uint16) if dtype == "bfloat16" else numbers, out, through)
+        return True
+
+    return run
 
 
 def _described(layout: Layout, shape: tuple[int, int]) -> dict[str, Any]:
@@ -179,6 +219,84 @@ def _shape_dtype(array: npt.NDArray[Any] | None) -> Any:
 
 class Unfit(Exception):
     """No kernel fits this layout."""
+
+
+def _unpacked(layout: Layout, shape: tuple[int, int], components: Arrays, part: str) -> Array:
+    names = frozenset(m.name for _, m, _ in layout.members())
+    return unpack(layout, shape, components, names - {part})[part]
+
+
+def _inverse(perm: Array) -> Ints | None:
+    """Where each column is stored; None if the permutation is none."""
+    stored = perm.reshape(-1).astype(np.int64)
+    order = np.argsort(stored, kind="stable")
+    return order if np.array_equal(stored[order], np.arange(stored.size)) else None
+
+
+def _flat(layout: Layout) -> tuple[Layout, int]:
+    """The layout without its permutation, and planes as columns: those of a cell lie one after the other.
+
+    Returns also how many planes there are.
+    """
+    left = tuple(c for c in layout.components if not any(m.name == "perm" for m in getattr(c, "cell", ())))
+    if len(left) < len(layout.components):
+        used = {d.axis for c in left if isinstance(c, Component) for m in c.cell for d in (*c.over, *_inner(m))}
+        layout = replace(layout, components=left, axes=tuple(a for a in layout.axes if a.name in used))
+    if layout.grid.name not in ("planes", "plane_base3", "plane_digits"):
+        return layout, 1
+    rows, plane, cols, *byte = layout.axes
+    (home,) = layout.components
+    _check(
+        isinstance(home, Component)
+        and plane.size
+        and not plane.of
+        and len(byte) == (home.cell and layout.grid.name == "plane_base3")
+    )
+    assert isinstance(home, Component)
+    ((_, block),) = [(d.axis, d.stride) for d in home.over if d.axis == cols.name]
+    params = dict(layout.grid.params)
+    ratio = params.pop("ratio")
+    _check(type(ratio) is int)
+    if layout.grid.name == "plane_digits":
+        planes = params["count"]
+        _check(type(planes) is int and planes == 2 and plane.size == planes)
+        wide, step, numbers = block, block // planes, layout.grid
+    else:
+        planes, wide, step = plane.size, block * plane.size, block
+        if byte:
+            params = {**params, "block": wide, "runs": params["runs"] * planes}
+            numbers = grid("base3", **params)
+        else:
+            numbers = grid("affine", **params)
+
+    def moved(d: Digit, codes: bool) -> Digit:
+        if d.axis != plane.name:
+            return d
+        if byte and codes:
+            return replace(d, axis=byte[0].name, stride=d.stride * byte[0].size)
+        return replace(d, axis=cols.name, stride=d.stride * step)
+
+    def placed(m: Codes | Values) -> Codes | Values:
+        codes = m.name == "codes"
+        if isinstance(m, Values):
+            return replace(m, digits=tuple(moved(d, codes) for d in m.digits))
+        return replace(
+            m, units=tuple(moved(d, codes) for d in m.units), fields=tuple(moved(d, codes) for d in m.fields)
+        )
+
+    over = tuple(replace(d, stride=wide) if d.axis == cols.name else d for d in home.over)
+    axes = (rows, cols, *(replace(b, size=b.size * planes) for b in byte))
+    home = replace(home, over=over, cell=tuple(placed(m) for m in home.cell))
+    return replace(layout, components=(home,), axes=axes, grid=numbers), planes
+
+
+def _stretch(flat: Layout, planes: int) -> int:
+    """How many columns of a flat layout stand for one."""
+    return 1 if flat.grid.name == "plane_digits" else planes
+
+
+def _inner(m: Codes | Values) -> tuple[Digit, ...]:
+    return m.digits if isinstance(m, Values) else (*m.units, *m.fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +326,7 @@ def _cells(layout: Layout, part: str) -> Cells:
     Unfit
         If the part lies in any other way.
     """
-    found = {m.name for _, m, _ in layout.members()} - {"global_scale"}
-    _check(not layout.streams and found == {"codes", "scale"})
+    _check(not layout.streams)
     _check(
         [a.of for a in layout.axes[:2]] == ["rows", "cols"] and all(a.per == 1 or a.of == "cols" for a in layout.axes)
     )
@@ -332,7 +449,57 @@ def _runs(at: Ints, bits: int) -> list[tuple[int, int, int, int, int, int]]:
     return out
 
 
+def _source(
+    flat: Layout, layout: Layout, planes: int
+) -> Callable[[tuple[int, int], Arrays], tuple[Bytes, Places] | None]:
+    """What finds the bytes that hold codes, (rows, bytes), and where codes lie in them."""
+    try:
+        cells = _cells(flat, "codes")
+        _check(cells.cols and cells.rows == cells.share == 1 and flat.grid.name != "quads_in_fives")
+        _places(flat, cells, 1)
+    except Unfit:
+        _check(flat is layout or flat.grid == layout.grid)
+        return partial(_unpacked_source, layout)
+    places_of = lru_cache(maxsize=64)(lambda count: _places(flat, cells, _together(count, cells)))
+    stretch = _stretch(flat, planes)
+
+    def find(shape: tuple[int, int], components: Arrays) -> tuple[Bytes, Places] | None:
+        if shape[1] * stretch % cells.cols:
+            return None  # the last cell is cut off at the edge
+        records = _rows(components[cells.component], shape[0])
+        return records, places_of(records.shape[1] // cells.nbytes)
+
+    return find
+
+
+def _unpacked_source(layout: Layout, shape: tuple[int, int], components: Arrays) -> tuple[Bytes, Places] | None:
+    """Codes that lie in no order to speak of, once they are unpacked."""
+    from packfmt.kernels.blocks import FIVES, Places
+
+    codes = _unpacked(layout, shape, components, "codes")
+    records = _rows(codes, shape[0])
+    runs, streams, size, count = [(0, records.shape[1], 0, 255, 0, 1, 0)], [], records.shape[1], records.shape[1]
+    if layout.grid.name == "quads_in_fives":
+        if codes.dtype != np.uint16 or codes.ndim != 3 or codes.shape[2] != 5:
+            return None
+        runs = [(2 * i + 1, 1, 7, 1, 15, 1, i) for i in range(5)]  # of the last code a bit each
+        streams, size, count = [(0, 16, FIVES, 0, 0)], 10, 16
+    elif codes.itemsize != 1 or records.shape[1] * (4 if layout.grid.name == "quads" else 1) != shape[1]:
+        return None
+    tables = (np.array(table, np.int64).reshape(-1, n) for table, n in ((runs, 7), (streams, 5), ([], 4)))
+    return records, Places(size, count, *tables, np.uint8([]))
+
+
 # ---------------------------------------------------------------- numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """The scales of one tensor, for rows of it."""
+
+    numbers: Ranged  # (rows or 1, groups) float32
+    groups: int
+    which: Ranged | None = None  # (rows or 1, groups) uint8, which table counts
 
 
 def _rows(array: npt.NDArray[Any], rows: int) -> Bytes:
@@ -343,7 +510,7 @@ def _rows(array: npt.NDArray[Any], rows: int) -> Bytes:
 def _whole(layout: Layout) -> str:
     """The component that holds one scale for the whole tensor; empty if there is none."""
     homes = [(c, m) for c, m, _ in layout.members() if m.name == "global_scale"]
-    how = layout.grid["global_scale"] if layout.grid.name == "scaled" else ""
+    how = dict(layout.grid.params).get("global_scale", "")
     _check(how in GLOBAL if homes else how == "")
     if not homes:
         return ""
@@ -352,43 +519,101 @@ def _whole(layout: Layout) -> str:
     return home.name
 
 
-def _numbers(layout: Layout, cells: Cells) -> Callable[[npt.NDArray[Any], int, F32], Scales]:
-    """What gives the scales of a component, and of the whole tensor: (array, rows, whole) -> the scales of rows."""
-    (m,) = cells.members
-    dtype = dtype_of(layout.fit(1, layout.block["cols"]).parts["scale"].dtype)
-    size, at = dtype.itemsize, _addresses(cells, m)
-    _check(m.bits == 8 * size and m.low == 0 and at[0] % 8 == 0 and (np.diff(at) == m.bits).all())
-    raw, offset = np.dtype(f"<u{size}"), int(at[0]) // 8
-    table = _table(layout, dtype)
+def _scales(flat: Layout, layout: Layout, planes: int) -> Callable[[tuple[int, int], Arrays], Scaling | None]:
+    """What gives the scales of a tensor."""
+    whole, dtype = _whole(flat), dtype_of(flat.fit(flat.block["rows"], flat.block["cols"]).parts["scale"].dtype)
+    size = dtype.itemsize
+    raw, table, name = np.dtype(f"<u{size}"), _table(flat, dtype), flat.grid.name
     combine = GLOBAL.get(dict(layout.grid.params).get("global_scale", ""))
+    ratio = dict(layout.grid.params).get("ratio", 0)
+    tied = np.array([ratio**n for n in range(planes - 1, -1, -1)], F32)
+    cells: Cells | None = None
+    offset, stretch = 0, _stretch(flat, planes)
+    try:
+        cells = _cells(flat, "scale")
+        (m,) = cells.members
+        at = _addresses(cells, m)
+        _check(m.bits == 8 * size and m.low == 0 and at[0] % 8 == 0 and (np.diff(at) == m.bits).all())
+        offset = int(at[0]) // 8
+    except Unfit:
+        _check(planes == 1)
+        cells = None
+    _check(name != "either" or (dtype.name.startswith("float8") and table is not None))
+    _check(not ratio or (cells and cells.count == 1))
 
-    def numbers(array: npt.NDArray[Any], rows: int, whole: F32) -> Scales:
-        stored = _rows(array, -(-rows // cells.rows) if cells.rows else 1)
-        shape, strides = (stored.shape[1] // cells.nbytes, cells.count), (cells.nbytes, size)
+    def find(shape: tuple[int, int], components: Arrays) -> Scaling | None:
+        rows, cols = shape
+        factor = F32(1)
+        if whole:
+            (factor,) = components[whole].reshape(-1).astype(F32)
+        if np.isnan(factor):
+            return None  # which NaN survives is the processor's choice
+        if cells:
+            share, each, count = cells.rows, cells.nbytes, cells.count
+            if cells.cols and cols * stretch % cells.cols:
+                return None  # the last scale is cut off at the edge
+            stored = _rows(components[cells.component], -(-rows // share) if share else 1)
+        else:
+            part = layout.fit(*shape).parts["scale"]
+            share, each, count = part.share[0] if part.shape[0] > 1 else 0, size, 1
+            if (
+                prod(part.shape[2:]) != 1
+                or cols % part.shape[1]
+                or (part.shape[1] > 1 and part.share[1] * part.shape[1] != cols)
+            ):
+                return None
+            stored = _rows(_unpacked(layout, shape, components, "scale"), part.shape[0])
         values = table
         if combine and values is not None:
             with np.errstate(all="ignore"):
-                values = combine(values, whole)
+                values = combine(values, factor)
 
-        def few(mine: Bytes) -> Floats:
-            if values is not None:
-                return _blocks().look_up(mine, cells.nbytes, offset, cells.count, values)  # type: ignore[no-any-return]
-            found = np.ndarray((len(mine), *shape), raw, mine, offset, (mine.shape[1], *strides))
-            flat = np.ascontiguousarray(found).reshape(len(mine), -1)
+        def few(mine: Bytes) -> Array:
+            """As they are stored."""
+            strides = (mine.shape[1], each, size)
+            found = np.ndarray((len(mine), mine.shape[1] // each, count), raw, mine, offset, strides)
+            return np.ascontiguousarray(found).reshape(len(mine), -1)
+
+        def scales(mine: Bytes) -> Floats:
             with np.errstate(all="ignore"):
-                scales = flat.view(dtype).astype(F32)
-                return combine(scales, whole) if combine else scales
+                if values is not None:
+                    return _blocks().look_up(mine, each, offset, count, values)  # type: ignore[no-any-return]
+                found = few(mine).view(dtype).astype(F32)
+                found = combine(found, factor) if combine else found
+                return (found[..., None] * tied).reshape(len(mine), -1) if ratio else found
 
-        def by_row(start: int, stop: int) -> Floats:
-            if not cells.rows:
-                return few(stored)
-            first = start // cells.rows
-            found = few(stored[first : -(-stop // cells.rows)])
-            return found if cells.rows == 1 else found[np.arange(start, stop) // cells.rows - first]
+        def ranged(function: Callable[[Bytes], Array]) -> Ranged:
+            def by_row(start: int, stop: int) -> Array:
+                if not share:
+                    return function(stored)
+                first = start // share
+                found = function(stored[first : -(-stop // share)])
+                return found if share == 1 else found[np.arange(start, stop) // share - first]
 
-        return by_row
+            return by_row
 
-    return numbers
+        groups = stored.shape[1] // each * count * (planes if ratio else 1)
+        if name == "either":
+            return Scaling(ranged(scales), groups, ranged(lambda mine: few(mine) >> 7))
+        if name == "hif4":
+            return _doubled(layout, shape, components, ranged(scales), groups)
+        return Scaling(ranged(scales), groups)
+
+    return find
+
+
+def _doubled(layout: Layout, shape: tuple[int, int], components: Arrays, scales: Ranged, groups: int) -> Scaling | None:
+    """Scales of every four columns, by the bits that double them."""
+    eights, fours = (_unpacked(layout, shape, components, part) for part in DOUBLED)
+    rows, cols = shape
+    if eights.shape != (rows, cols // 8) or fours.shape != (rows, cols // 4) or cols % (8 * groups):
+        return None
+
+    def by_row(start: int, stop: int) -> Array:
+        mine = np.broadcast_to(scales(start, stop), (stop - start, groups))
+        return _blocks().doubled(mine, eights[start:stop], fours[start:stop])  # type: ignore[no-any-return]
+
+    return Scaling(by_row, cols // 4)
 
 
 def _table(layout: Layout, dtype: np.dtype[Any]) -> Floats | None:
@@ -397,60 +622,106 @@ def _table(layout: Layout, dtype: np.dtype[Any]) -> Floats | None:
         _check(dtype == np.uint8)
         with np.errstate(over="ignore"):
             return np.ldexp(F32(1), np.arange(256, dtype=np.int32) - layout.grid["exponent"])  # type: ignore[no-any-return]
-    if layout.grid.name == "scaled" and layout.grid["scale"]:
+    if layout.grid.name in ("scaled", "hif4") and layout.grid["scale"]:
         found = minifloat.numbers(layout.grid["scale"])
         _check(dtype == np.uint8 and len(found) == 256)
         return found
-    return np.arange(256, dtype=np.uint8).view(dtype).astype(F32) if dtype.itemsize == 1 else None
+    codes = np.arange(256, dtype=np.uint8) & np.uint8(127 if layout.grid.name == "either" else 255)
+    return codes.view(dtype).astype(F32) if dtype.itemsize == 1 else None
 
 
-def _formula(layout: Layout, group: int) -> tuple[Formula, bool]:
-    """The kernel of the layout's grid, and whether it has a way past the cache of its own.
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """The kernel of a layout's grid."""
 
-    group : what the columns that share a scale are a multiple of
+    write: Callable[..., Any]  # records, places, scale, out -> False if it cannot tell
+    finishes: Callable[[int, int], bool]  # cols, groups -> whether it writes bfloat16, or past the cache
+    planes: int
+    unit: int = 1  # what columns that share a scale must be a multiple of
+
+    def fits(self, cols: int, groups: int) -> bool:
+        groups //= self.planes
+        return groups > 0 and cols % groups == 0 and cols // groups % self.unit == 0
+
+
+def _formula(layout: Layout, planes: int) -> Formula:
+    """How codes become numbers.
 
     Raises
     ------
     Unfit
-        If there is none, or the parameters are not what the grid takes.
+        If there is no kernel, or the parameters are not what the grid takes.
     """
     name, params = layout.grid.name, dict(layout.grid.params)
-    part = layout.fit(1, layout.block["cols"]).parts["codes"]
-    _check(name in PARAMETERS and set(params) == PARAMETERS[name] and part.bits <= 8)
-    _check(len(layout.axes) == 2 + (name == "base3") and layout.axes[1].per == (4 if name == "quads" else 1))
-    if name in ("affine", "base3"):
-        zero = float(F32(params.get("zero", 1)))
+    extra = set(DOUBLED) if name == "hif4" else set()
+    found = {m.name for _, m, _ in layout.members()}
+    _check(not layout.streams and {"codes", "scale"} | extra <= found <= PARTS | extra)
+    part = layout.fit(layout.block["rows"], layout.block["cols"]).parts["codes"]
+    _check(name in PARAMETERS and set(params) == PARAMETERS[name])
+    inner = 1 if name in ("base3", "quads_in_fives") else 0
+    _check(len(layout.axes) == 2 + inner and layout.axes[1].per == (4 if name == "quads" else 1))
+    if name in ("quads", "quads_in_fives"):
+        return _quads(part.dtype, part.bits, params["stride"], np.array(params["values"]), name)
+    _check(part.bits <= 8)
+    blocks, way = _blocks(), "times"
+    if name in ("affine", "quotient", "base3"):
+        zero = F32(params.get("zero", 1))
         _check(part.dtype in ("u1", "i1"))
+        codes = np.arange(1 << part.bits, dtype=np.uint8).view(part.dtype)
+        values, way = codes.astype(F32) - zero, "divides" if name == "quotient" else "times"
         if name == "base3":
             _check(part.dtype == "u1")
             runs = params["runs"]
             _check(all(type(n) is int and type(d) is int and n > 0 and 1 <= d <= 5 for n, d in runs))
             _check(sum(n * d for n, d in runs) == params["block"] == part.share[1])
             _check(sum(n for n, _ in runs) == part.shape[2] and params["first"] in ("high", "low"))
-        return lambda *args: _blocks().affine(*args, zero, part.dtype), False
-    if name == "scaled":
+            values = np.arange(-1, 2).astype(F32)
+    elif name == "plane_digits":
+        _check(part.dtype == "u1" and part.bits <= 4)
+        codes = np.arange(1 << part.bits)
+        values = np.stack([codes // 3 ** (planes - 1 - p) % 3 - 1 for p in range(planes)]).astype(F32)
+        way = "digits"
+    elif name == "either":
+        _check(part.dtype == "u1")
+        values = np.stack([minifloat.numbers(params[which])[: 1 << part.bits] for which in ("element", "other")])
+        way = "which"
+    elif name in ("scaled", "hif4"):
         _check(dtype_of(part.dtype).itemsize == 1)
         values = minifloat.numbers(params["element"])
     else:
         _check(part.dtype == "u1")  # a negative code is no place in a table
-        values = np.array(params["values"])
-    _check(values.dtype.kind in "if" and len(values) >= 1 << part.bits)
-    if name == "quads":
-        stride = params["stride"]
-        _check(
-            values.dtype.kind == "i"
-            and values.shape[1:] == (4,)
-            and len(values) <= 81
-            and values.min() >= -1
-            and values.max() <= 1
-        )
-        _check(type(stride) is int and stride > 0 and group % (4 * stride) == 0)
-        return lambda *args: _blocks().quads(*args, values.astype(F32), stride), False
-    _check(values.ndim == 1)
-    numbers = np.array(values if name == "scaled" else params["values"], F32)[: 1 << part.bits]  # as the grid does
-    how, unit = _blocks().arithmetic(numbers), _blocks().unit_of(numbers)
-    _check(how is not None or not np.isnan(numbers).any())
-    return lambda *args, **options: _blocks().levels(*args, numbers, how, unit, **options), how is not None
+        found_values = np.array(params["values"])
+        _check(found_values.dtype.kind in "if")
+        values = np.array(params["values"], F32)
+    _check(values.ndim == (2 if way in ("digits", "which") else 1))
+    _check(values.shape[-1] >= 1 << part.bits or name == "base3")
+    numbers = blocks.numbers_of(values[..., : 1 << part.bits])
+    _check(way in ("times", "which") or numbers.kind == blocks.LOOKED_UP)
+
+    def finishes(cols: int, groups: int) -> bool:
+        return bool(blocks.finishes(numbers, way, planes, cols, cols * planes // groups))
+
+    def write(records: Bytes, places: Places, scale: Floats, out: Array, **options: Any) -> bool:
+        return bool(blocks.weights(records, places, scale, out, numbers, way, planes, **options))
+
+    return Formula(write, finishes, planes)
+
+
+def _quads(dtype: str, bits: int, stride: Any, values: Array, name: str) -> Formula:
+    """The formula of codes that stand for four weights."""
+    _check(type(stride) is int and stride > 0 and values.dtype.kind == "i" and values.shape[1:] == (4,))
+    _check(len(values) <= 81 and values.min() >= -1 and values.max() <= 1)
+    fives = name == "quads_in_fives"
+    _check((dtype == "<u2" and len(values) >= 32) if fives else (dtype == "u1" and len(values) >= 1 << bits))
+    blocks, steps = _blocks(), values[: 32 if fives else 1 << bits].astype(F32)
+
+    def finishes(cols: int, groups: int) -> bool:
+        return bool(blocks.finishes_quads(len(steps), stride, cols // groups))
+
+    def write(records: Bytes, places: Places, scale: Floats, out: Array, **options: Any) -> None:
+        blocks.quads(records, places, scale, out, steps, stride, **options)
+
+    return Formula(write, finishes, 1, 4 * stride)
 
 
 def _hadamard(weights: Floats, size: int) -> None:

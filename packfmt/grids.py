@@ -244,7 +244,7 @@ def scale_numbers(parts: Arrays, scale: str, global_scale: str) -> Floats:
     if not global_scale:
         return found
     function = {"times": np.multiply, "divides": np.divide}[global_scale]
-    return _each(function, np.array(found), _float32(parts["global_scale"]).reshape(-1, 1))
+    return _each(function, np.array(found), _float32(parts["global_scale"]).reshape(len(parts["global_scale"]), 1))
 
 
 def _bytes(codes: Array) -> Array:
@@ -296,7 +296,7 @@ def dequantize(grid: Grid, parts: Arrays) -> Floats:
     """Parts -> (rows, cols) float32, by the grid's formula.
 
     With a part `perm`, column j as stored is the weight's column perm[j]. With parts `columns` (1, 1, n) and
-    `column_values` (rows, 1, n), these columns of the weight are these values.
+    `column_values` (rows, 1, n), these columns of the weight, in their places, are these values.
 
     Raises
     ------
@@ -306,12 +306,13 @@ def dequantize(grid: Grid, parts: Arrays) -> Floats:
     if grid.name not in GRIDS:
         raise LayoutError(f"no grid is called {grid.name!r}; there are {', '.join(GRIDS)}")
     try:
-        if "columns" in parts:
-            flat = {name: part[..., 0] for name, part in parts.items() if name not in COLUMNS}
-            weights = GRIDS[grid.name](flat, **dict(grid.params))
-            return _replaced(weights, *(parts[name] for name in COLUMNS))
+        apart = [parts[name] for name in COLUMNS if name in parts]
+        if apart:
+            parts = {name: part[..., 0] for name, part in parts.items() if name not in COLUMNS}
         weights = GRIDS[grid.name](parts, **dict(grid.params))
-        return _unpermuted(weights, parts["perm"]) if "perm" in parts else weights
+        if "perm" in parts:
+            weights = _unpermuted(weights, parts["perm"])
+        return _replaced(weights, *apart) if apart else weights
     except (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError) as error:
         raise LayoutError(f"grid {grid.name!r} cannot take these parts and parameters: {error}") from error
 
@@ -328,11 +329,19 @@ def _unpermuted(weights: Floats, perm: Array) -> Floats:
 
 def _replaced(weights: Floats, columns: Array, values: Array) -> Floats:
     """The weight with some columns kept apart."""
-    order = columns.reshape(-1)
-    if order.size and int(order.max()) >= weights.shape[1]:
-        raise LayoutError(f"columns names column {int(order.max())} of {weights.shape[1]}")
-    weights[:, order] = _float32(values.reshape(len(weights), -1))
+    order = places(columns, weights.shape[1])
+    weights[:, order] = _float32(values.reshape(len(weights), order.size))
     return weights
+
+
+def places(columns: Array, cols: int) -> npt.NDArray[np.int64]:
+    """The part `columns` as (n,) int64, each below `cols`."""
+    if columns.dtype.kind not in "iu":
+        raise LayoutError(f"columns are {columns.dtype}, needs whole numbers")
+    order = columns.reshape(-1).astype(np.int64)
+    if (wrong := order[(order < 0) | (order >= cols)]).size:
+        raise LayoutError(f"columns names column {wrong[0]} of {cols}")
+    return order
 
 
 def decode(layout: Layout, shape: tuple[int, int], components: Arrays) -> Floats:
@@ -346,6 +355,8 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays) -> Floats
     from packfmt.kernels import threads
 
     rows, cols = shape
+    if layout.axes[0].of != "rows":
+        raise LayoutError(f"{layout.name}: its first axis is {layout.axes[0].name!r}, needs one of rows")
     found = unpack(layout, shape, components)
     streams = {s.name: found.pop(s.name) for s in layout.streams}
     parts = {name: _evenly(layout, shape, name, array) for name, array in found.items()}

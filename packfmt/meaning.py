@@ -6,6 +6,7 @@ nothing else: neither the kernels that there are, nor the machine, nor the numbe
 
 from __future__ import annotations
 
+from operator import index
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -13,11 +14,11 @@ import numpy.typing as npt
 
 from packfmt import minifloat
 from packfmt.errors import LayoutError
-from packfmt.grids import first_copies, scale_numbers
-from packfmt.layout import Layout, dtype_of
+from packfmt.grids import first_copies, places, scale_numbers
+from packfmt.layout import Layout, Part
 from packfmt.placement import Array, Arrays
 from packfmt.respelling import WRONG
-from packfmt.spellings import F32, SPELLINGS, has_steps, number_steps, scales, unit
+from packfmt.spellings import F32, SPELLINGS, number_steps, scales, unit
 
 Shape = tuple[int, int]
 Floats = npt.NDArray[np.float32]
@@ -30,6 +31,9 @@ BESIDE: Final = frozenset({"perm", "columns", "column_values"})  # parts that ch
 PLAIN: Final = frozenset({"affine", "quotient", "levels", "table", "scaled", "augmented", "affine_zero", "planes"})
 SEVERAL: Final = frozenset({"quads", "quads_in_fives", "base3", "plane_base3", "pairs", "tl2"})  # weights a code
 AFFINE: Final = frozenset({"affine", "quotient", "affine_zero", "planes"})
+WHOLE: Final = frozenset({"codes", "zero"})  # parts that are whole numbers where a step is made of them
+SCALES: Final = frozenset({"scale", "global_scale"})
+SHIFTS: Final = ("shift8", "shift4")
 
 
 class Meaning(NamedTuple):
@@ -62,44 +66,42 @@ def _meaning(layout: Layout, shape: Shape) -> Meaning | None:
     params = dict(grid.params)
     needs = {"codes", "scale"}
     needs |= {"global_scale"} if params.get("global_scale") else set()
-    needs |= {"affine_zero": {"zero"}, "hif4": {"shift8", "shift4"}}.get(grid.name, set())
+    needs |= {"affine_zero": {"zero"}, "hif4": set(SHIFTS)}.get(grid.name, set())
     if not needs <= parts.keys() <= needs | BESIDE or layout.streams or parts["codes"].bits > MOST_BITS:
         return None
-    codes, scale = parts["codes"], parts["scale"]
-    across = next(i for i, a in enumerate(layout.axes) if a.of == "cols")
-    if codes.share[0] > 1 or (codes.share[across] > 1 and grid.name not in SEVERAL):
+    codes, across = parts["codes"], _across(layout)
+    if layout.axes[0].of != "rows" or codes.share[0] > 1 or (codes.share[across] > 1 and grid.name not in SEVERAL):
         return None
     group = _group(layout, shape)
     if group and group < LEAST_GROUP:
         return None
-    low = -(1 << codes.bits - 1) if codes.dtype.startswith(("i", "<i")) else 0
-    count = 1 << codes.bits  # also those that no encoder writes
+    low, high = _ends(codes)  # those that no encoder writes, too
     planes, each = 1, 1.0
-    if grid.name in ("scaled", "augmented"):
-        numbers = minifloat.numbers(params["element"])
-        if not has_steps(numbers) or dtype_of(codes.dtype).itemsize > 1:
+    if grid.name in ("scaled", "augmented", "hif4"):
+        doubled = sum(_ends(parts[name])[1] for name in SHIFTS) if grid.name == "hif4" else 0
+        if (low and codes.bits > 8) or doubled > MOST_STEP.bit_length():
             return None
-        each, low = unit(numbers), 0
-        steps = tuple(number_steps(params["element"]).tolist())
-    elif grid.name == "hif4":
-        each = unit(minifloat.numbers(params["element"])) if has_steps(minifloat.numbers(params["element"])) else 0.0
-        steps = tuple((4 * number_steps(params["element"])).tolist()) if each else ()
+        each = unit(minifloat.numbers(params["element"]))
+        low, steps = 0, tuple((number_steps(params["element"]) << doubled).tolist())
+    elif any("f" in parts[name].dtype for name in WHOLE & parts.keys()):
+        return None
     elif grid.name == "affine_zero":
-        steps = (-(1 << codes.bits) + 1, (1 << codes.bits) - 1)
-        if low or parts["zero"].bits > codes.bits or codes.bits > 8 or parts["zero"].share != scale.share:
-            return None
+        least, most = _ends(parts["zero"])
+        steps = (low - most, high - least)
     else:
         spelling = SPELLINGS.get(grid.name)
         if spelling is None:
             return None
         ratio = params.pop("ratio", 0)
-        known = spelling.steps(low, count, **params)
+        known = spelling.steps(low, high - low + 1, **params)
         if grid.name in ("levels", "table"):
             numbers = np.array(known, F32)
             each = unit(numbers)
             known = tuple((numbers / F32(each)).tolist()) if each else (0.5,)
-        if any(s != int(s) for s in known) or type(ratio) is not int or ratio < 0:
+        if any(s != int(s) for s in (*known, ratio)) or ratio < 0:
             return None
+        if grid.name == "table":
+            np.int32(index(params["exponent"]))  # else decoding cannot take it either
         steps = tuple(int(s) for s in known)
         planes = params.get("count", codes.shape[1]) if spelling.plane_axis else 1
     if not steps or not each or max(map(abs, steps)) > MOST_STEP:
@@ -109,6 +111,17 @@ def _meaning(layout: Layout, shape: Shape) -> Meaning | None:
     if low and single and grid.name in AFFINE:  # codes in two's complement: the order of their bytes
         steps = steps[-low:] + steps[:-low]
     return Meaning(steps if single else (), each, planes, group, shape[1] + plus)
+
+
+def _across(layout: Layout) -> int:
+    """Which axis columns run along."""
+    return [a.of for a in layout.axes].index("cols")
+
+
+def _ends(part: Part) -> tuple[int, int]:
+    """The least and the greatest whole number of a part's dtype and bits."""
+    low = -(1 << part.bits - 1) if part.dtype.startswith(("i", "<i")) else 0
+    return low, low + (1 << part.bits) - 1
 
 
 def _group(layout: Layout, shape: Shape) -> int:
@@ -128,49 +141,44 @@ def _group(layout: Layout, shape: Shape) -> int:
 def weight_scales(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> Floats:
     """What multiplies the steps of each row, plane and group: (rows, planes, groups) float32."""
     grid, params = layout.grid, dict(layout.grid.params)
-    rows = shape[0]
+    stored = {name: by_row(layout, shape, name, parts[name]) for name in SCALES & parts.keys()}
     with np.errstate(all="ignore"):
         if grid.name == "table":
-            found = np.ldexp(F32(1), parts["scale"].astype(np.int32) - params["exponent"])
-            found = found.reshape(len(found), 1, -1)
-        elif grid.name in ("scaled", "augmented", "hif4"):
-            stored = {
-                name: parts[name].reshape(parts[name].shape[:2]) for name in ("scale", "global_scale") if name in parts
-            }
-            found = _by_expert(stored, params)[:, None]
-        elif grid.name == "affine_zero":
-            found = parts["scale"].astype(F32)[:, None]
-        else:
-            found = scales(parts["scale"], of.planes, SPELLINGS[grid.name], params.get("ratio", 0))
-            found = F32(1) / found if grid.name == "quotient" else found
-    share = layout.fit(*shape).parts["scale"].share[0] * layout.axes[0].per
-    each: Floats = found[np.arange(rows) // share] if len(found) < rows else found
-    return each
+            found = np.ldexp(F32(1), stored["scale"].astype(np.int32) - params["exponent"])
+            return found.reshape(len(found), 1, -1)  # type: ignore[no-any-return]
+        if grid.name in ("scaled", "augmented", "hif4"):
+            flat = {name: part.reshape(part.shape[:2]) for name, part in stored.items()}
+            return scale_numbers(flat, params["scale"], params.get("global_scale", ""))[:, None]
+        if grid.name == "affine_zero":
+            return stored["scale"].astype(F32)[:, None]
+        found = scales(stored["scale"], of.planes, SPELLINGS[grid.name], params.get("ratio", 0))
+        return F32(1) / found if grid.name == "quotient" else found
 
 
-def _by_expert(stored: dict[str, Array], params: dict[str, str]) -> Floats:
-    """`scale_numbers`, where the scale of a tensor may be one for each of several experts."""
-    whole = stored.get("global_scale")
-    if whole is not None and len(whole) > 1:
-        stored = stored | {"scale": np.repeat(stored["scale"], max(1, len(whole) // max(1, len(stored["scale"]))), 0)}
-        stored["global_scale"] = np.repeat(whole, len(stored["scale"]) // len(whole), 0)
-    return scale_numbers(stored, params["scale"], params.get("global_scale", ""))
+def by_row(layout: Layout, shape: Shape, name: str, part: Array) -> Array:
+    """A part with an element for every row, however rows share them."""
+    share = layout.fit(*shape).parts[name].share[0] * layout.axes[0].per
+    return part[np.arange(shape[0]) // share] if len(part) < shape[0] else part
 
 
-def weight_steps(layout: Layout, parts: Arrays) -> npt.NDArray[np.int16]:
+def by_weight(layout: Layout, shape: Shape, name: str, part: Array, cols: int) -> Array:
+    """A part with an element for every row and column."""
+    across = _across(layout)
+    share = layout.fit(*shape).parts[name].share[across] * layout.axes[across].per
+    return by_row(layout, shape, name, part)[:, np.arange(cols) // share]
+
+
+def weight_steps(layout: Layout, shape: Shape, parts: Arrays) -> npt.NDArray[np.int16]:
     """(rows, planes, stored columns) int16."""
     grid, params = layout.grid, dict(layout.grid.params)
     codes = parts["codes"]
     if grid.name == "hif4":
         found = number_steps(params["element"])[codes]
-        for name, each in (("shift8", 8), ("shift4", 4)):
-            found = found << np.repeat(parts[name].astype(np.int64), each, 1)
+        for name in SHIFTS:
+            found = found << by_weight(layout, shape, name, parts[name].astype(np.int64), codes.shape[1])
         return found.astype(np.int16)[:, None]
     if grid.name == "affine_zero":
-        zero = parts["zero"].astype(np.int16)
-        zero = np.repeat(
-            np.repeat(zero, len(codes) // max(1, len(zero)), 0), codes.shape[1] // max(1, zero.shape[1]), 1
-        )
+        zero = by_weight(layout, shape, "zero", parts["zero"].astype(np.int16), codes.shape[1])
         return (codes.astype(np.int16) - zero)[:, None]
     if grid.name == "augmented":
         flat = codes.reshape(codes.shape[:2])
@@ -212,10 +220,8 @@ def replaced(layout: Layout, shape: Shape, parts: Arrays) -> tuple[npt.NDArray[n
     """
     if "columns" not in parts:
         return None
-    columns = parts["columns"].reshape(-1).astype(np.int64)
-    if columns.size and int(columns.max()) >= shape[1]:
-        raise LayoutError(f"columns names column {int(columns.max())} of {shape[1]}")
+    columns = places(parts["columns"], shape[1])
     last = {int(c): i for i, c in enumerate(columns)}
     keep = sorted(last.values())
-    values = parts["column_values"].reshape(shape[0], -1)[:, keep].astype(F32)
+    values = parts["column_values"].reshape(shape[0], columns.size)[:, keep].astype(F32)
     return columns[keep], np.ascontiguousarray(values)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import index
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,9 @@ class Prepared:
 
     def __repr__(self) -> str:
         return f"Prepared({self.layout.name}, {self.packed.shape}, {self.nbytes} bytes)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return prepare, (self.packed,)  # which costs nothing if it is in a tiling
 
     @property
     def layout(self) -> Layout:
@@ -62,9 +67,9 @@ def prepare(packed: PackedTensor | Prepared, batch: int = 1) -> Prepared:
         packed = packed.packed
     if not isinstance(packed, PackedTensor):
         raise LayoutError(f"preparing {type(packed).__name__}, needs a packed tensor, such as packfmt.pack gives")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+    if isinstance(batch, bool | np.bool_) or not hasattr(batch, "__index__") or index(batch) < 1:
         raise LayoutError(f"batch is {batch!r}, needs a whole number of 1 or more")
-    ready = products.product(packed.layout, packed.matrix, packed.components, batch)
+    ready = products.product(packed.layout, packed.matrix, packed.components, index(batch))
     held = (
         packed
         if ready.layout is packed.layout

@@ -45,12 +45,14 @@ class Product:
 
     layout, components : what it is held in: a tiling, or what it came in
     way : writes the product of (batch, cols) float32 to (batch, rows) float32, both C-contiguous
+    tiled : whether it is held in a tiling
     """
 
     layout: Layout
     components: Arrays
     shape: Shape
     way: Multiply
+    tiled: bool = False
 
     def __call__(self, x: Floats) -> Floats:
         """(batch, cols) float32, C-contiguous -> (batch, rows) float32."""
@@ -89,7 +91,7 @@ def _product(layout: Layout, shape: Shape, components: Arrays, batch: int) -> Pr
         return _whole(layout, components, shape, _plain(layout, shape, parts, of), parts)
     layout, components, tile = tiled
     beside = _beside(layout, shape, components)
-    return _whole(layout, components, shape, _in_tiles(tile, shape, components, beside), beside)
+    return replace(_whole(layout, components, shape, _in_tiles(tile, shape, components, beside), beside), tiled=True)
 
 
 def _whole(layout: Layout, components: Arrays, shape: Shape, way: Multiply, parts: Arrays) -> Product:
@@ -136,7 +138,7 @@ def disagree(layout: Layout, shape: Shape, components: Arrays) -> int:
     """
     ready = product(layout, shape, components)
     of = meaning(layout, shape)
-    if of is None or tilings.base(ready.layout.name) == ready.layout.name:  # decoded, or plain itself
+    if of is None or not ready.tiled:  # decoded, or plain itself
         return 0
     parts = placement.unpack(layout, shape, components)
     plain = _whole(layout, components, shape, _plain(layout, shape, parts, of), parts)
@@ -155,7 +157,7 @@ def multiply(ready: Product, x: Array, rows: tuple[int, ...], threads: int | Non
     PackfmtError
         If `threads` is not a whole number of 1 to 256.
     """
-    flat = _rows_of(x, ready)
+    flat = rows_of(x, ready.layout, ready.shape[1])
     if threads is None:
         out = ready(flat)
     else:
@@ -168,14 +170,18 @@ def multiply(ready: Product, x: Array, rows: tuple[int, ...], threads: int | Non
     return out.reshape((*x.shape[:-1], *rows))
 
 
-def _rows_of(x: Array, ready: Product) -> Floats:
+def rows_of(x: Array, layout: Layout, cols: int) -> Floats:
     """Activations as (batch, cols) float32, C-contiguous.
 
     After megabytes of weights all that is looked at comes from memory, so usual ones are passed on at once.
+
+    Raises
+    ------
+    LayoutError
+        If x is no float array of so many columns; it names the layout.
     """
-    cols = ready.shape[1]
     if type(x) is not np.ndarray or x.dtype is not FLOAT32 or not x.ndim or x.shape[-1] != cols:
-        name = tilings.base(ready.layout.name)
+        name = tilings.base(layout.name)
         if not isinstance(x, np.ndarray | np.generic) or not x.dtype.name.startswith(("float", "bfloat")):
             found = f"{x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
             raise LayoutError(f"{name}: activations of {found}, needs a NumPy array of a float dtype")
@@ -259,7 +265,7 @@ def _plain(layout: Layout, shape: Shape, parts: Arrays, of: Meaning) -> Multiply
     """Steps by plain loops: for what no tile holds."""
     from packfmt.kernels import activations, plain_products
 
-    steps, scale = weight_steps(layout, parts), weight_scales(layout, shape, parts, of)
+    steps, scale = weight_steps(layout, shape, parts), weight_scales(layout, shape, parts, of)
     group = of.group or of.cols
     ends = np.array(
         [
@@ -307,6 +313,8 @@ def _as_they_are(layout: Layout, shape: Shape, components: Arrays) -> Multiply |
     """Numbers that a kernel reads where they lie: floats in row-major order, perhaps with scales."""
     from packfmt.kernels import number_products
 
+    if layout.axes[0].of != "rows":  # which decoding refuses
+        return None
     fitted, rows_cols = layout.fit(*shape), ("rows", "cols")
     name = "values" if layout.grid.name == "plain" else "codes"
     for c in fitted.components:
@@ -317,14 +325,16 @@ def _as_they_are(layout: Layout, shape: Shape, components: Arrays) -> Multiply |
             lone and tuple(d.axis for d in c.over) == rows_cols and all(d.stride == 1 and not d.reverse for d in c.over)
         )
         if in_order and not c.members[0].units and components[c.name].size == prod(shape):
-            weights = components[c.name].reshape(shape)
+            weights = np.ascontiguousarray(components[c.name]).reshape(shape)
             break
     else:
         return None
     if name == "values":
         return lambda x, out: number_products.multiply(weights, x, out)
     parts = placement.unpack(layout, shape, components, frozenset({"codes"}))
-    if layout.grid.name != "scaled" or parts.get("global_scale", NONE).size > 1:
+    if layout.grid.name != "scaled" or layout.grid["element"] != weights.dtype.name:
+        return None
+    if parts.get("global_scale", NONE).size > 1:
         return None
     scale = scale_numbers(parts, layout.grid["scale"], layout.grid["global_scale"])
     tall, wide = fitted.parts["scale"].share
@@ -337,11 +347,13 @@ def _as_they_are(layout: Layout, shape: Shape, components: Arrays) -> Multiply |
 def _decoded(layout: Layout, shape: Shape, components: Arrays, source: npt.NDArray[np.int64] | None) -> Multiply:
     from packfmt.kernels import number_products
 
+    permuted = "perm" in layout.fit(*shape).parts  # as it is where it lies in a component with others
+
     def multiply(x: Floats, out: Floats) -> None:
         weights = fused.decode(layout, shape, components)
-        if source is not None and len(source) > shape[1]:  # decoding leaves copies out
+        if source is not None and (permuted or len(source) > shape[1]):  # decoding leaves copies out
             every = np.zeros((shape[0], len(source)), F32)
-            every[:, source >= 0] = weights
+            every[:, source >= 0] = weights[:, source[source >= 0]] if permuted else weights
             weights = every
         number_products.multiply(weights, x, out)
 

@@ -24,11 +24,12 @@ from packfmt.placement import Array, Arrays, difference, pack, repack, unpack
 from packfmt.spellings import F32, SPELLINGS, Steps, contiguous_quads, has_steps, scales, unit
 
 Shape = tuple[int, int]
-WRONG = (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError)  # parameters or parts
+WRONG = (KeyError, TypeError, IndexError, ValueError, ArithmeticError, AttributeError)  # parameters or parts
 MOST_BITS = 16  # of codes that spell steps; more spell too many to compare
 HELD, HELD_PERMUTED = 8, 40  # bytes a step: codes, steps and what tells which are zero; scales spread over columns
 FLOATS = ("<f2", "<f4", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu")  # dtypes of scales, all exact in float32
 CODES = frozenset({"codes"})
+WHOLE = "global_scale"
 SCALES = frozenset({"scale", "global_scale"})
 POWERS = "power of two"  # what scales are that a `table` has
 F64 = np.float64
@@ -112,6 +113,8 @@ def alike(source: Layout, target: Layout, shape: Shape) -> bool:
 
     Then a conversion is exact or refused, for there is no reason to round.
     """
+    if _experts_differ(source, target, shape):
+        return True
     a, b = view(source, shape), view(target, shape)
     if isinstance(a, str) or isinstance(b, str):
         return False
@@ -128,6 +131,8 @@ def inverts(source: Layout, target: Layout, shape: Shape) -> bool:
 
 def why_not(source: Layout, target: Layout, shape: Shape) -> str:
     """Why the numbers of one layout could never be those of the other; empty if they could."""
+    if _experts_differ(source, target, shape):
+        return ""
     a, b = view(source, shape), view(target, shape)
     if isinstance(a, str) or isinstance(b, str):
         return a if isinstance(a, str) else str(b)
@@ -171,6 +176,11 @@ def _some(steps: frozenset[float]) -> str:
 
 def condition(source: Layout, target: Layout, shape: Shape) -> str:
     """What must be true of the numbers for an exact conversion, in words; empty if nothing."""
+    if _experts_differ(source, target, shape):
+        here, there = (layout.fit(*shape).parts[WHOLE].share[0] for layout in (source, target))
+        return (
+            "" if here % max(1, there) == 0 else f"the {_group((there, shape[1]))} that share a scale there do so here"
+        )
     a, b = view(source, shape), view(target, shape)
     assert isinstance(a, View) and isinstance(b, View)
     needs = [f"no weight is {_some(a.steps - b.steps)} times its scale"] if a.steps - b.steps else []
@@ -215,7 +225,9 @@ def _known(of: View) -> Doubles:
 
 
 def held(source: Layout, target: Layout, shape: Shape) -> int:
-    """Bytes that `respell` holds at once, beside the components of both, for layouts that have a `view`."""
+    """Bytes that `respell` holds at once, beside the components of both, where it does not refuse (`why_not`)."""
+    if _experts_differ(source, target, shape):
+        return 8 * shape[0]
     a, b = view(source, shape), view(target, shape)
     assert isinstance(a, View) and isinstance(b, View)
     weights = shape[0] * shape[1] * max(a.planes, b.planes)
@@ -242,6 +254,8 @@ def respell(
     """
     if reason := why_not(source, target, shape):
         raise LayoutError(f"{source.name} to {target.name}: {reason}")
+    if _experts_differ(source, target, shape):
+        return _with_experts(source, target, shape, components)
     a, b = view(source, shape), view(target, shape)
     assert isinstance(a, View) and isinstance(b, View)
     try:
@@ -263,6 +277,27 @@ def respell(
         raise LayoutError(f"{source.name} to {target.name}: {error}") from None
     except WRONG as error:  # a description from a file may say anything
         raise LayoutError(f"{source.name} to {target.name}: {error}") from error
+
+
+def _experts_differ(source: Layout, target: Layout, shape: Shape) -> bool:
+    """Whether layouts differ in nothing but how many rows share a global scale, and where things lie."""
+    if source.grid != target.grid or source.hadamard != target.hadamard:
+        return False
+    here, there = (layout.fit(*shape).parts.get(WHOLE) for layout in (source, target))
+    same = here is not None and there is not None and here.dtype == there.dtype
+    return same and not difference(source, target, shape, frozenset({WHOLE}))
+
+
+def _with_experts(source: Layout, target: Layout, shape: Shape, components: Arrays) -> dict[str, Array]:
+    """The same numbers, the global scales shared by other rows."""
+    here, there = (layout.fit(*shape).parts for layout in (source, target))
+    whole = unpack(source, shape, components, frozenset(here.keys() - {WHOLE}))[WHOLE]
+    each = whole[np.arange(shape[0]) // max(1, here[WHOLE].share[0])]
+    share = max(1, there[WHOLE].share[0])
+    given = each[::share] if shape[0] else np.zeros(there[WHOLE].shape, each.dtype)
+    if given[np.arange(shape[0]) // share].tobytes() != each.tobytes():
+        raise LayoutError(f"{source.name} to {target.name}: {_group((share, shape[1]))} have several global scales")
+    return repack(source, target, shape, components, {WHOLE: given})
 
 
 def _empty(target: Layout, b: View, shape: Shape, parts: Arrays) -> dict[str, Array]:

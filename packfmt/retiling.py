@@ -21,9 +21,9 @@ import numpy.typing as npt
 from packfmt import minifloat, placement, tilings
 from packfmt.errors import LayoutError
 from packfmt.layout import Component, Fitted, Layout, dtype_of
-from packfmt.meaning import SHIFTS, Meaning, Shape, meaning, weight_steps
+from packfmt.meaning import SHIFTS, Meaning, Shape, by_weight, meaning, weight_steps
 from packfmt.placement import CODE_BITS, Array, Arrays
-from packfmt.spellings import F32, SPELLINGS, number_steps, scales
+from packfmt.spellings import F32, SPELLINGS, scales
 from packfmt.tilings import CODES, Tile
 
 if TYPE_CHECKING:
@@ -319,6 +319,9 @@ def _origin(part: str, here: Fitted, there: Fitted, tile: Tile) -> Origin | None
     if name == "quads_in_fives":
         good = like.bits == 16 and like.shape[-1] == 5
         return Origin(found._replace(which=found.which[:5], bits=_fives(found.bits))) if good else None
+    if name == "hif4":
+        whole = _side_by_side([found, *(_stored(here, shift) for shift in SHIFTS)])
+        return whole and Origin(whole)
     if tile.added is None:
         return Origin(found)
     if name in ("base3", "plane_base3") and all(type(d) is int and 1 <= d <= 5 for _, d in params["runs"]):
@@ -330,10 +333,6 @@ def _origin(part: str, here: Fitted, there: Fitted, tile: Tile) -> Origin | None
         table = sum(EVERY // 3 ** (planes - 1 - p) % 3 << 2 * p for p in range(planes)).astype(np.uint8)
         low = np.repeat(2 * np.arange(planes), len(found.bits))
         return Origin(found._replace(bits=np.tile(found.bits, (planes, 1))), LOOK_UP, table, low)
-    if name == "hif4" and like.bits == 4:
-        steps = number_steps(params["element"])[EVERY & 15] << (EVERY >> 4 & 1) + (EVERY >> 5)
-        whole = _side_by_side([found, *(_stored(here, shift) for shift in SHIFTS)])
-        return whole and Origin(whole, LOOK_UP, steps.astype(np.int8).view(np.uint8))
     return None
 
 
@@ -531,7 +530,11 @@ def _codes(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile)
     part = tile.layout.fit(*shape).parts["codes"]
     found = parts["codes"]
     if tile.added is not None:
-        found = weight_steps(layout, parts) + np.int16(tile.added)
+        found = weight_steps(layout, shape, parts) + np.int16(tile.added)
+    elif layout.grid.name == "hif4":
+        for i, shift in enumerate(SHIFTS):
+            doubled = by_weight(layout, shape, shift, parts[shift], found.shape[1])
+            found = found | doubled << np.uint8(layout.fit(*shape).parts["codes"].bits + i)
     elif layout.grid.name == "quads_in_fives":
         from packfmt.kernels import spell
 

@@ -48,7 +48,7 @@ def scales(scale: Array, count: int, spelling: Spelling, ratio: int = 0) -> Floa
         out = scale.astype(F32).reshape(shape)
     if not ratio:
         return out
-    weights = F32(ratio) ** np.arange(count - 1, -1, -1).astype(F32)
+    weights = np.array([ratio**n for n in range(count - 1, -1, -1)], F32)
     with np.errstate(over="ignore", invalid="ignore"):
         tied: Floats = out * weights[None, :, None]
     return tied
@@ -223,6 +223,8 @@ def unit(numbers: Floats) -> float:
     """The power of two of which all numbers are multiples, as few as can be; 0 if they are no numbers."""
     if not np.isfinite(numbers).all():
         return 0
+    if not numbers.any():
+        return 1
     mantissa, exponent = np.frexp(np.abs(numbers[numbers != 0]).astype(np.float64))
     whole = (mantissa * 2**24).astype(np.int64)
     return float(np.ldexp(1.0, int((exponent - 24 + np.log2(whole & -whole).astype(np.int64)).min(initial=127))))
@@ -269,7 +271,7 @@ def _write_table(steps: Steps, *, values: tuple[int, ...], **_: Any) -> tuple[Ar
 
 
 def _whole_steps(low: int, count: int, /, *, zero: int) -> tuple[float, ...]:
-    return tuple(range(low - zero, low + count - zero))
+    return tuple(code - zero for code in range(low, low + count))
 
 
 def _level_steps(low: int, count: int, /, *, values: tuple[float, ...]) -> tuple[float, ...]:

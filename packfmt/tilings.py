@@ -24,6 +24,7 @@ from packfmt import minifloat
 from packfmt.errors import LayoutError
 from packfmt.layout import (
     BIT,
+    ROWS,
     TOP,
     WORD,
     Axis,
@@ -37,7 +38,7 @@ from packfmt.layout import (
     grid,
     rows,
 )  # fmt: skip
-from packfmt.meaning import BESIDE, BLOCK, Meaning, Shape, meaning
+from packfmt.meaning import BESIDE, BLOCK, SHIFTS, Meaning, Shape, meaning
 
 LANES: Final = 16  # rows of a tile
 LOOKED_UP: Final = 32  # rows of a tile whose codes a kernel looks up instead of decoding them
@@ -48,6 +49,7 @@ WIDTHS: Final = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: 
 CODES: Final = ("codes", "codes_high")  # components of the low and high bits of a code
 SCALES: Final = {"<f4": "f32", "<f2": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0"}
 NAMED: Final = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "ufloat7_e4m3": "ue4m3"}  # of bytes
+SHARED: Final = frozenset({"scale", "global_scale", "zero"})  # parts of which a block of a row has one number
 MOST_TABLE: Final = 127  # that a step and its bias may be together, in one byte
 TRITS: Final = (-1, 0, 1, 2)
 
@@ -122,9 +124,9 @@ def tile(layout: Layout, shape: Shape, form: str = "") -> Tile | None:
     of = meaning(layout, shape)
     if of is None or (of.group > BLOCK and of.group % BLOCK) or (of.group and of.cols % of.group):
         return None
-    if shape[0] % (layout.fit(*shape).parts["scale"].shape[0] or 1):
+    if not _scales_fit(layout, shape):
         return None
-    held = _quads(layout, of, form) if form else _quads(layout, of) or _codes(layout, shape, of)
+    held = _quads(layout, shape, of, form) or (None if form else _codes(layout, shape, of))
     if held is None:
         return None
     scale = _scale(layout, shape, held.grid)
@@ -250,14 +252,17 @@ def _planes(axes: tuple[Axis, ...]) -> tuple[Digit, ...]:
     return tuple(Digit(a.name) for a in axes if not a.of and a.name == axes[1].name)
 
 
-def _quads(layout: Layout, of: Meaning, form: str = "") -> Held | None:
+def _quads(layout: Layout, shape: Shape, of: Meaning, form: str) -> Held | None:
     """Codes of four weights: a stream of five bits each, or apart for a look-up."""
     run = {"": QUADS, "words": 16, "nibbles": 8}[form]
-    if layout.grid.name not in ("quads", "quads_in_fives") or _block(of) % (4 * run):
+    bits = {"quads": 5, "quads_in_fives": 16}.get(layout.grid.name, 0)
+    if layout.fit(*shape).parts["codes"].bits > bits or _block(of) % (4 * run):
         return None
     stride, values = layout.grid["stride"], np.array(layout.grid["values"])
+    if type(stride) is not int or stride < 1 or values.shape != (32, 4) or np.abs(values).max() > 1:
+        return None
     run = max(run, stride)
-    if values.shape != (32, 4) or run % stride or _block(of) % (4 * run):
+    if run % stride or _block(of) % (4 * run):
         return None
     chunk = np.arange(4 * stride, dtype=np.int32).reshape(4, stride).T.reshape(-1)
     columns = (np.arange(0, 4 * run, 4 * stride, dtype=np.int32)[:, None] + chunk).reshape(-1)
@@ -278,19 +283,27 @@ def _met(layout: Layout, axis: str) -> bool:
 
 def _codes(layout: Layout, shape: Shape, of: Meaning) -> Held | None:
     """One code a weight: as the layout has it, or steps spelled so."""
-    part = layout.fit(*shape).parts["codes"]
+    parts = layout.fit(*shape).parts
+    part = parts["codes"]
     name, steps, bits, dtype, levels = layout.grid.name, of.steps, part.bits, part.dtype, part.levels
     axes, spelled, added = layout.axes, layout.grid, None
-    if name == "hif4":
-        steps, bits, dtype = tuple(np.arange(256).astype(np.uint8).view(np.int8).tolist()), 8, "i1"
-        spelled, added = grid("scaled", element="int8_f2", scale=layout.grid["scale"], global_scale=""), 0
+    if name == "hif4":  # two more bits of a code, each of which doubles its number
+        numbers = minifloat.numbers(layout.grid["element"])
+        if len(numbers) != 1 << bits or any(parts[shift].bits > 1 for shift in SHIFTS):
+            return None
+        every = np.concatenate([numbers, 2 * numbers, 2 * numbers, 4 * numbers])
+        spelled, bits, levels = grid("levels", values=tuple(every.tolist())), bits + len(SHIFTS), 0
+        steps = tuple((every / np.float32(of.unit)).astype(int).tolist())
     elif name == "affine_zero":
+        zero = parts["zero"]
+        if zero.dtype != "u1" or dtype != "u1" or zero.share != parts["scale"].share:
+            return None
         steps = tuple(range(1 << bits))
     elif not steps:
         steps, bits, dtype, levels = TRITS, 2, "u1", 3
         planes = axes[1:2] if name.startswith("plane") else ()
         beside = tuple(a for a in axes[1:] if a.of and a.name != "cols" and _met(layout, a.name))
-        axes = (axes[0], *planes, Axis("cols", "cols"), *beside)
+        axes = (ROWS, *planes, Axis("cols", "cols"), *beside)
         spelled, added = grid("planes", zero=1, ratio=0) if planes else grid("affine", zero=1), 1
     elif name == "planes":
         spelled = grid("planes", zero=layout.grid["zero"], ratio=0)
@@ -419,21 +432,29 @@ class Scale(NamedTuple):
     kind: str
 
 
+def _scales_fit(layout: Layout, shape: Shape) -> bool:
+    """Whether equally many rows share each scale, and those that are codes are bytes."""
+    parts = layout.fit(*shape).parts
+    equal = all(shape[0] % (parts[name].shape[0] or 1) == 0 for name in SHARED & parts.keys())
+    coded = layout.grid.name == "table" or dict(layout.grid.params).get("scale")
+    return equal and (not coded or parts["scale"].dtype == "u1")
+
+
 def _scale(layout: Layout, shape: Shape, spelled: Grid) -> Scale:
     """Scales as they are where a kernel reads them, else in the narrowest float that has them all."""
-    stored, params = layout.fit(*shape).parts["scale"].dtype, dict(spelled.params)
+    stored, named = layout.fit(*shape).parts["scale"].dtype, dict(layout.grid.params).get("scale", "")
     if layout.grid.name == "table":
         return Scale("u1", spelled, "e8m0")
     if dict(layout.grid.params).get("ratio"):  # each plane gets its own, which has more digits
         return Scale("<f4", spelled, "f32")
-    named = params.get("scale", "")
-    if named in NAMED:
+    if named in NAMED and spelled == layout.grid:
         return Scale("u1", spelled, NAMED[named])
     if named:
         numbers = minifloat.numbers(named)
         short = numbers.astype(dtype_of("bfloat16")).astype(np.float32)
         dtype = "bfloat16" if np.array_equal(short, numbers, equal_nan=True) else "<f4"
-        return Scale(dtype, Grid(spelled.name, tuple(sorted((params | {"scale": ""}).items()))), SCALES[dtype])
+        params = tuple((key, "" if key == "scale" else value) for key, value in spelled.params)
+        return Scale(dtype, Grid(spelled.name, params), SCALES[dtype])
     dtype = stored if stored in SCALES else "<f4"
     return Scale(dtype, spelled, SCALES[dtype])
 

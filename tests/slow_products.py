@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from packfmt import grids, minifloat
 from packfmt.codec import PackedTensor
-from packfmt.errors import LayoutError
 from packfmt.layout import Layout
 
 F32, F64 = np.float32, np.float64
@@ -32,6 +31,7 @@ LEAST_SHARE = 4  # columns, unless a scale spans the row
 HIGHEST = 127  # of an activation's code
 LANES = 64
 APART = ("columns", "column_values")
+SHIFTS = ("shift8", "shift4")  # each doubles a step as many times as it says
 
 
 def product(packed: PackedTensor, x: Floats) -> Floats:
@@ -50,9 +50,7 @@ def product(packed: PackedTensor, x: Floats) -> Floats:
         else:
             y = of_numbers(stored_numbers(packed, parts), rest)
         if "columns" in parts:
-            values = parts["column_values"].reshape(y.shape[1], -1).astype(F32)
-            if values.shape[1] != len(columns):
-                raise LayoutError(f"{values.shape[1]} columns of values for {len(columns)} columns")
+            values = parts["column_values"].reshape(y.shape[1], len(columns)).astype(F32)
             for j in last_named(columns):
                 y = y + values[None, :, j] * aside[:, j, None]
     return y
@@ -197,6 +195,8 @@ def every_step(layout: Layout, shape: tuple[int, int]) -> Floats | None:
     several = ("quads", "quads_in_fives", "base3", "plane_base3", "pairs", "tl2")  # weights a code
     if codes.share[0] > 1 or (codes.share[column_axis(layout)] > 1 and name not in several):
         return None
+    if not float(params.get("ratio", 0)).is_integer() or params.get("ratio", 0) < 0:
+        return None
     if name in ("affine", "quotient", "planes"):
         return ends - params["zero"] if float(params["zero"]).is_integer() else None
     if name == "affine_zero":
@@ -208,11 +208,10 @@ def every_step(layout: Layout, shape: tuple[int, int]) -> Floats | None:
     if name in ("levels", "table"):
         values = np.array(params["values"], F32)
         return values / unit_of(values) if unit_of(values) else None
-    if name in ("scaled", "augmented"):
-        values = minifloat.numbers(params["element"])
-        return values / unit_of(values) if unit_of(values) else None
-    if name == "hif4":
-        return 4 * 4 * minifloat.numbers(params["element"])  # in quarters, doubled twice
+    if name in ("scaled", "augmented", "hif4"):
+        values = minifloat.numbers(params["element"]).astype(F64)
+        doubled = sum((1 << part[shift].bits) - 1 for shift in SHIFTS) if name == "hif4" else 0
+        return values / unit_of(values) * 2.0 ** min(doubled, 1000) if unit_of(values) else None
     trits = ("quads", "quads_in_fives", "base3", "plane_digits", "plane_base3", "pairs", "tl2")
     return np.array([-1, 1], F64) if name in trits else None
 
@@ -270,7 +269,7 @@ def read(layout: Layout, shape: tuple[int, int], parts: Parts) -> Steps:
     if name == "affine_zero":
         steps = steps - spread(layout, shape, "zero", with_planes(parts["zero"], False).astype(np.int64), cols)
     if name == "hif4":
-        for shift in ("shift8", "shift4"):
+        for shift in SHIFTS:
             each = with_planes(parts[shift], False).astype(np.int64)
             steps = steps << spread(layout, shape, shift, each, cols)
     scale = scale_numbers(layout, with_planes(parts["scale"], planes))

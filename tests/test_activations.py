@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +46,8 @@ def twin(x: Floats, columns: Ints, ends: list[int], unit: float) -> Three:
 
 
 def assert_same(found: Three, wanted: Three) -> None:
-    for name, a, b in zip(("q", "sums", "scale"), found, wanted, strict=True):
+    pairs: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = list(zip(found, wanted, strict=True))
+    for name, (a, b) in zip(("q", "sums", "scale"), pairs, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), name
         if a.dtype == F32:
             assert np.array_equal(np.isnan(a), np.isnan(b)), name
@@ -206,7 +209,12 @@ def test_threads_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(activations, "LEAST_NUMBERS", 1)
     ranges: list[int] = []
     spread = threads.spread
-    monkeypatch.setattr(threads, "spread", lambda *args: ranges.append(args[1]) or spread(*args))
+
+    def counted(work: Callable[[int, int], None], total: int, least: int) -> None:
+        ranges.append(total)
+        spread(work, total, least)
+
+    monkeypatch.setattr(threads, "spread", counted)
     found = []
     for count in ("1", "2", "3"):
         monkeypatch.setenv("PACKFMT_THREADS", count)
@@ -222,7 +230,7 @@ def test_the_plain_way_gives_the_same_bits() -> None:
         x = numbers(2, columns_of_x(columns))
         order = arrange(x.shape[1], block, columns.astype(np.int32))
         wanted = quantise(x, order, 0.5)
-        found = tuple(np.empty_like(a) for a in wanted)
+        found = np.empty_like(wanted[0]), np.empty_like(wanted[1]), np.empty_like(wanted[2])
         activations._some_plainly(x, order, F32(0.5), *found, 0, 2)
         assert_same(found, wanted)
 
@@ -235,12 +243,13 @@ def test_rows_may_lie_side_by_side(name: str) -> None:
     x, width, parts = numbers(7, columns_of_x(columns)), 4, 2
     order = arrange(x.shape[1], block, columns.astype(np.int32))
     apart = quantise(x, order, 0.5)
-    shapes = [(parts, -1, width, 4), (parts, -1, width, 1), (parts, -1, width, 1)]
+    shapes: list[tuple[int, ...]] = [(parts, -1, width, 4), (parts, -1, width, 1), (parts, -1, width, 1)]
     beside = [np.full((parts * width, a.shape[1]), 99, a.dtype) for a in apart]
     activations.fill(x, order, 0.5, width, Table(*beside))
-    for wanted, found, shape in zip(apart, beside, shapes, strict=True):
+    wanted = [a.tobytes() for a in apart]
+    for one, found, shape in zip(wanted, beside, shapes, strict=True):
         rows = found.reshape(shape).swapaxes(1, 2).reshape(parts * width, -1)
-        assert rows[:7].tobytes() == wanted.tobytes()
+        assert rows[:7].tobytes() == one
         assert (rows[7:] == 99).all()
 
 
@@ -268,6 +277,7 @@ def test_what_is_refused_says_why() -> None:
     with pytest.raises(LayoutError, match=r"columns 0 to 64, needs -1 to 63"):
         arrange(64, 32, np.arange(65, dtype=np.int32))
     order = arrange(64, 32)
-    for x in (np.zeros((1, 63), F32), np.zeros((64,), F32), np.zeros((1, 64)), np.zeros((64, 2), F32).T):
+    wrong: list[npt.NDArray[Any]] = [np.zeros((1, 63), F32), np.zeros((64,), F32), np.zeros((1, 64))]
+    for x in (*wrong, np.zeros((64, 2), F32).T):
         with pytest.raises(LayoutError, match=r"needs C-contiguous float32 \(batch, 64\)"):
             quantise(x, order)

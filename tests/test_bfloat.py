@@ -27,7 +27,10 @@ def noise(name: str, rows: int) -> dict[str, npt.NDArray[np.generic]]:
     rng = np.random.default_rng(0)
     components = codecs.get(name).layout.fit(rows, COLS).components
     arrays = {c.name: rng.bytes(int(np.prod(c.shape)) * dtype_of(c.dtype).itemsize) for c in components}
-    return {c.name: np.frombuffer(arrays[c.name], dtype_of(c.dtype)).reshape(c.shape) for c in components}
+    found = {c.name: np.frombuffer(arrays[c.name], dtype_of(c.dtype)).reshape(c.shape) for c in components}
+    if "perm" in found:
+        found["perm"] = rng.permutation(COLS).astype("<u4").reshape(found["perm"].shape)
+    return found
 
 
 def assert_rounded(found: npt.NDArray[np.generic], numbers: npt.NDArray[np.float32]) -> None:
@@ -53,10 +56,11 @@ def test_every_format_decodes_to_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if fused.decoder(codecs.get(n).layout)])
 def test_any_bytes_decode_to_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales that are infinite or no number among them; past the cache, too."""
-    layout, shape = codecs.get(name).layout, (4, COLS)
+    layout = codecs.get(name).layout
+    shape = 4 * layout.block["rows"], COLS
     for least in (fused.LEAST_THROUGH, 0):
         monkeypatch.setattr(fused, "LEAST_THROUGH", least)
-        components = noise(name, 4)
+        components = noise(name, shape[0])
         out = np.full(shape, 7, BF16)
         fused.decode(layout, shape, components, out)
         assert_rounded(out, fused.decode(layout, shape, components))
@@ -69,7 +73,7 @@ def test_every_upper_half_rounds_to_nearest_even(through: bool) -> None:
     for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         numbers = (upper | np.uint32(lower)).view(F32)
         out = np.zeros(1 << 16, np.uint16)
-        blocks.round_to_bfloat(numbers, out, through)
+        blocks.convert(numbers, out, through)
         assert_rounded(out.view(BF16), numbers)
 
 
@@ -80,7 +84,7 @@ def test_any_part_of_an_array_can_be_rounded(through: bool) -> None:
     for start in (0, 1, 5, 31):
         for size in (0, 1, 31, 32, 33, 64, 97):
             room = np.full(200, 77, np.uint16)
-            blocks.round_to_bfloat(numbers[:size], room[start : start + size], through)
+            blocks.convert(numbers[:size], room[start : start + size], through)
             assert_rounded(room[start : start + size].view(BF16), numbers[:size])
             assert (room[:start] == 77).all() and (room[start + size :] == 77).all()
 
@@ -90,7 +94,7 @@ def test_one_number_rounds_as_many_do() -> None:
         pytest.skip("nothing is compiled, so there is one way only")
     numbers = np.random.default_rng(0).integers(0, 1 << 32, 3200, dtype=np.uint32).view(F32)
     out = np.zeros(3200, np.uint16)
-    blocks.round_to_bfloat(numbers, out)
+    blocks.convert(numbers, out)
     one = [blocks._bfloat(number) for number in numbers]
     assert one == out.tolist()
 
@@ -116,15 +120,16 @@ def test_looked_up_numbers_are_rounded_once(through: bool, rows_of_scales: int) 
     scale = rng.integers(0, 1 << 32, (rows_of_scales, 8), np.uint32).view(F32)
     scale[0, :5] = np.inf, np.nan, 2.0**-149, 2.0**127, 0
     values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], F32)
-    assert blocks.fits_table(FOUR_BITS, 32)
+    numbers, whole = blocks.numbers_of(values), blocks.numbers_of(np.arange(16, dtype=F32) - F32(8))
+    assert blocks.finishes(numbers, "times", 1, 256, 32)
     wanted, steps = by_hand(records, scale, values), by_hand(records, scale, np.arange(16, dtype=F32) - F32(8))
     for start in (0, 8, 24):
         wide, few = np.full(5 * 256 + start, 7, F32), np.full(5 * 256 + start, 7, np.uint16)
         for out in (wide[start:].reshape(5, 256), few[start:].reshape(5, 256)):
             as_found = (lambda out=out: out) if out.dtype == F32 else (lambda out=out: out.view(BF16))
-            assert blocks.levels(records, FOUR_BITS, scale, out, values, None, F32(0), through)
+            assert blocks.weights(records, FOUR_BITS, scale, out, numbers, through=through)
             assert_same(as_found(), wanted)
-            blocks.affine(records, FOUR_BITS, scale, out, 8.0, "u1", through)
+            assert blocks.weights(records, FOUR_BITS, scale, out, whole, through=through)
             assert_same(as_found(), steps)
         assert (wide[:start] == 7).all() and (few[:start] == 7).all()
 

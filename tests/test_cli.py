@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from safetensors.numpy import save_file
 import packfmt
 from packfmt import codecs
 from packfmt.cli import run, show
+from packfmt.errors import PlanError
 from tests.models import folder, normal, tensors
 
 BAD = Path(__file__).parent.parent / "spec" / "bad"
@@ -49,8 +52,19 @@ def test_formats_lists_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
     said = Said(capsys, "formats")
     lines = said.out.splitlines()
     assert said.code == 0 and said.err == ""
-    assert [line.split()[0] for line in lines[1:] if not line.startswith("and ")] == list(codecs.names())
-    assert [line for line in lines if line.startswith("and ")] == [f"and {w}" for _, w in codecs.PATTERNS.values()]
+    end = lines.index("")
+    assert [line.split()[0] for line in lines[1:end]] == list(codecs.names())
+    assert lines[end + 1 : end + 3] == ["and these, made as their names say:", ""]
+    made = [line for line in lines[end + 4 :] if not line.startswith(" ")]
+    written = {module: how for module, (_, how) in codecs.PATTERNS.items()}
+    assert all(line.startswith(written[module]) for module, line in zip(codecs.EXAMPLES, made, strict=True))
+    assert codecs.EXAMPLES.keys() == written.keys()
+    tiled = [line.split("  ")[-1].strip() for line in lines if "side by side" in line and "for products" in line]
+    assert tiled == [
+        "mxfp4 for products: 16 rows side by side",
+        "sherry for products: 32 rows side by side, codes in words of 16 bits",
+        "sherry for products: 32 rows side by side, four bits of codes apart from the fifth",
+    ]
     assert next(line for line in lines if line.startswith("mxfp4")).split()[:4] == [
         "mxfp4",
         "4.25",
@@ -60,6 +74,32 @@ def test_formats_lists_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
     found = {f["layout"]: f for f in Said(capsys, "formats", "--json").json}
     assert found["q8_0"]["bits_per_weight"] == 8.5 and found["q8_0"]["id"] == codecs.get("q8_0").layout.id
     assert found["tq2_0"]["containers"] == ["safetensors", "gguf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("mxfp4_tile61", "mxfp4_tile16"),
+        ("mxfp4_tile", "mxfp4_tile16"),
+        ("mxfp4tile16", "mxfp4_tile16"),
+        ("mxfp4-tile16", "mxfp4_tile16"),
+        ("MXFP4_TILE16", "mxfp4_tile16"),
+        ("mxfp4_words16", "mxfp4_tile16"),  # for it has no words
+        ("ct_int4_g128_tile6", "ct_int4_g128_tile16"),
+        ("sherry_word32", "sherry_words32"),
+        ("sherry_nibbles", "sherry_nibbles32"),
+        ("bf16_tile8", "bf16"),  # for it has no tiling
+        ("mxpf4_tile61", "<format>_tile16, _words32 or _nibbles32"),
+        ("mxfp4_tile16_tile6", "mxfp4_tile16"),
+        ("Q4_0", "q4_0"),
+        ("sherry-s16", "sherry_s16"),
+        ("TQ1_O", "tq1_0"),
+        ("nvfp4_h61", "<format>_h<size>"),
+    ],
+)
+def test_a_misspelt_format_is_answered_with_what_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(PlanError, match=f"^no format is called '{name}'; did you mean {re.escape(meant)}( or .*)?[?]$"):
+        codecs.get(name)
 
 
 def test_convert_tells_what_it_did(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +124,9 @@ def test_dry_run_and_plan_write_nothing_and_say_the_same(
 ) -> None:
     dry = Said(capsys, "convert", model, tmp_path / "out", "--to", "q4_0", "--dry-run", "--json")
     plan = Said(capsys, "plan", model, "--to", "q4_0", "--json")
-    assert dry.code == plan.code == 0 and dry.json == plan.json
+    told, planned = dry.json, plan.json
+    assert dry.code == plan.code == 0 and told["needs"].pop("free") > 0 and planned["needs"].pop("free") is None
+    assert told == planned
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     table = Said(capsys, "plan", model, "--to", "q4_0")
     assert "layers.0.mlp.gate.weight" in table.out and "router: picks experts" in table.out
@@ -182,7 +224,7 @@ def test_decode_says_what_it_wrote(packed: Path, tmp_path: Path, capsys: pytest.
         ("convert {model} {out} --to q4", 2, "no format is called 'q4'; did you mean q4_0"),
         ("convert {model} {out}", 2, "say which layout; packfmt formats lists them"),
         ("convert {model} {out} --to q4_0 --map embed", 2, "'embed' is not REGEX=LAYOUT"),
-        ("convert {model} {out} --to q4_0 --max-shard-size 5XB", 2, "'5XB' is not a size such as 5GB or 500MB"),
+        ("convert {model} {out} --to q4_0 --max-shard-size 5XB", 2, "'5XB' is not a size such as 5GB, 500MB or 1GiB"),
         ("convert {model} {out} --to q4_0 --max-shard-size 1.2.3GB", 2, "'1.2.3GB' is not a size such as 5GB"),
         (
             "convert {model} {out} --to q4_0 --export zip",
@@ -259,14 +301,15 @@ def test_sizes_and_tables_read_well(capsys: pytest.CaptureFixture[str]) -> None:
 def test_progress_is_plain_lines_where_there_is_no_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = iter(range(0, 1000, 6))
+    now = itertools.count(0, 6)
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     weights = {f"{i}.weight": normal(64, 64, seed=i) for i in range(3)}
     save_file(weights, tmp_path / "in.safetensors")
     said = Said(capsys, "convert", tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "q8_0")
     lines = said.err.splitlines()
-    assert len(lines) == 3 and lines[0].split()[:2] == ["33%", "1/3"] and lines[0].endswith("12 s left  0.weight")
-    assert lines[2].endswith("0 s left  2.weight")
+    assert len(lines) == 3 and lines[0] == " 33%  16.4 kB of 49.2 kB  0.weight"
+    assert re.fullmatch(r" 67%  32.8 kB of 49.2 kB  .*/s  .* left  1.weight", lines[1])
+    assert re.fullmatch(r"100%  49.2 kB of 49.2 kB  .*/s  0 s left  2.weight", lines[2])
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")

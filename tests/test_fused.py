@@ -9,6 +9,7 @@ from itertools import product
 from math import prod
 
 import gguf
+import ml_dtypes  # noqa: F401  names bfloat16 for np.dtype
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -50,7 +51,10 @@ FITS = (
     *("nvfp4", "nvfp4_plain", "nvfp4_modelopt", "nvfp4_ct", "nvint4", "fp4_ue5m3", "nvfp4_ct_h64"),
     *("fp8_tensor", "fp8_row", "fp8_block", "fp8_row_bf16", "fp8_block_e8m0", "e3m1_g32", "e4m2_row", "e2m0_tensor"),
 )
-UNFIT = ("f32", "bf16", "bitnet", "sherry_t32", "sherry_s16_perm", "ptqtp2", "nvfp4_rows", "nvfp4_swizzled", "if4")
+FITS += ("f32", "f16", "bf16", "if4", "hif4", "sherry_s16_perm")  # plain, of two tables, doubled, in another order
+FITS += ("bitnet", "bitnet_divide", "sherry_t32", "sherry_t32_s16", "nvfp4_rows", "nvfp4_swizzled")  # unpacked first
+FITS += ("ptqtp1", "ptqtp2", "ptqtp3_b3", "ptqtp2_b3_tied", "ptqtp2_n4", "ptqtp2_n4_tied", "ptqtp4_tied")  # planes
+UNFIT = ("ptq161",)
 
 QUADS = Axis("quads", "cols", 4)
 quads = partial(Digit, "quads")
@@ -174,10 +178,8 @@ TOYS = {
     "rotated": apart(NIBBLES, PER_16, scaled(E2M1), hadamard=8),
 }
 
-ODD = {
+UNPACKED = {  # codes or scales in no order to speak of
     "codes across bytes, from the right": apart(codes_of(Codes("codes", 3, (), (cols(1, 8, True),))), PER_16),
-    "a global scale that no rule counts": apart_with_whole(NIBBLES, PER_16, scaled(E2M1)),
-    "codes of nine bits": apart(codes_of(Codes("codes", 9, (), (cols(1, 8),), "<u4")), PER_16),
     "rows in a tile": apart(codes_of(Codes("codes", 4, (rows(1, 2),), (cols(1, 8),)), over=(rows(2), cols(8))), PER_16),
     "columns before rows": apart(codes_of(Codes("codes", 4, (), (cols(1, 8),)), over=(cols(8), rows())), PER_16),
     "halves of the row": apart(codes_of(Codes("codes", 4, (), (cols(TOP, 2),)), over=(rows(), cols(1))), PER_16),
@@ -185,19 +187,42 @@ ODD = {
     "a row of a fixed length": apart(codes_of(Values("codes", "u1", (cols(1, 48),)), over=(rows(),)), PER_TENSOR),
     "scales of a fixed number": apart(WHOLE_U1, Component("scale", (), (Values("scale", "<f4", (cols(16, 3),)),))),
     "padded columns": apart(WHOLE_U1, PER_TENSOR, axes=(ROWS, Axis("cols", "cols", pad=5))),
+}
+
+ODD = {
+    "a global scale that no rule counts": apart_with_whole(NIBBLES, PER_16, scaled(E2M1)),
+    "codes of nine bits": apart(codes_of(Codes("codes", 9, (), (cols(1, 8),), "<u4")), PER_16),
     "a negative code for a level": apart(WHOLE_I1, PER_16, grid("levels", values=tuple(range(256)))),
-    "quotients": apart(WHOLE_U1, PER_TENSOR, grid("quotient", zero=1)),
+    "quotients of whole bytes": apart(WHOLE_U1, PER_TENSOR, grid("quotient", zero=1)),
 }
 
 
 def random_components(layout: Layout, shape: tuple[int, int], seed: int) -> Components:
-    """Any bytes at all: also scales that are infinite or no number."""
+    """Any bytes at all: also scales that are infinite or no number. A permutation is one."""
     rng = np.random.default_rng(seed)
     out = {}
     for c in layout.fit(*shape).components:
         raw = rng.integers(0, 256, max(1, prod(c.shape)) * dtype_of(c.dtype).itemsize, np.uint8)
         out[c.name] = raw.view(dtype_of(c.dtype))[: prod(c.shape)].reshape(c.shape)
+    if "perm" in out:
+        out["perm"] = rng.permutation(shape[1]).astype("<u4").reshape(out["perm"].shape)
     return out
+
+
+def finite_components(layout: Layout, shape: tuple[int, int], seed: int) -> Components:
+    """Any codes, with scales that are numbers."""
+    rng = np.random.default_rng(seed)
+    parts: Components = {}
+    for name, part in layout.fit(*shape).parts.items():
+        dtype = dtype_of(part.dtype)
+        if name == "perm":
+            parts[name] = rng.permutation(shape[1]).astype(dtype).reshape(part.shape)
+        elif dtype.kind == "f" or dtype.name == "bfloat16":
+            parts[name] = rng.standard_normal(part.shape).astype(dtype)
+        else:
+            most = min(1 << part.bits, 120 if name == "scale" else 1 << 16)
+            parts[name] = rng.integers(0, most, part.shape).astype(f"<u{dtype.itemsize}").view(dtype)
+    return pack(layout, shape, parts)
 
 
 def assert_same(layout: Layout, shape: tuple[int, int], components: Components) -> None:
@@ -214,8 +239,8 @@ def assert_same(layout: Layout, shape: tuple[int, int], components: Components) 
 
 
 def shapes(layout: Layout) -> list[tuple[int, int]]:
-    block = layout.block["cols"]
-    return [(1, block), (3, block), (2, 2 * block), (5, 7 * block), (1, 33 * block)]
+    high, wide = layout.block["rows"], layout.block["cols"]
+    return [(high * m, wide * n) for m, n in ((1, 1), (3, 1), (2, 2), (5, 7), (1, 33)) if high == 1 or m * n < 35]
 
 
 # ---------------------------------------------------------------- which layouts, and the same bits
@@ -230,16 +255,31 @@ def test_any_bytes_decode_to_the_bits_of_the_general_way(name: str) -> None:
         assert_same(layout, shape, random_components(layout, shape, seed))
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", FITS)
+def test_the_kernel_itself_writes_what_the_general_way_does(name: str) -> None:
+    """It leaves nothing to the general way where scales are numbers, past the cache or not."""
+    layout = codecs.get(name).layout
+    decode = fused.decoder(layout)
+    assert decode is not None
+    for seed, shape in enumerate(shapes(layout)):
+        shape = shape[0], shape[1] * (128 if layout.block["cols"] == 1 else 1)
+        components = finite_components(layout, shape, seed)
+        wanted = grids.decode(layout, shape, components)
+        for through in (False, True):
+            out = np.full(shape, 7, F32)
+            assert decode(shape, components, out, through) and out.tobytes() == wanted.tobytes()
+
+
 @pytest.mark.parametrize("name", UNFIT)
 def test_what_no_kernel_fits_goes_the_general_way(name: str) -> None:
     layout = codecs.get(name).layout
     assert fused.decoder(layout) is None
     shape = (2 * layout.block["rows"], layout.block["cols"])
     components = dict(random_components(layout, shape, 1))
-    if "perm" in components:
-        components["perm"] = np.arange(shape[1], dtype="<u4").reshape(components["perm"].shape)
-    if "scale" in components:
-        components["scale"] = np.ones_like(components["scale"])
+    if "mask" in components:  # 13 of 64 columns
+        mask = np.arange(shape[1]) % 64 < 13
+        components["mask"] = np.packbits(mask, bitorder="little").reshape(components["mask"].shape)
     assert_same(layout, shape, components)
 
 
@@ -248,7 +288,8 @@ def test_what_no_kernel_fits_goes_the_general_way(name: str) -> None:
 def test_a_layout_that_a_file_brings_is_found_to_fit_by_its_structure(name: str) -> None:
     layout = Layout.from_json(codecs.get(name).layout.to_json() | {"name": "brought"})
     assert fused.decoder(layout) is not None
-    assert_same(layout, (2, layout.block["cols"]), random_components(layout, (2, layout.block["cols"]), 2))
+    shape = 2 * layout.block["rows"], layout.block["cols"]
+    assert_same(layout, shape, random_components(layout, shape, 2))
 
 
 @pytest.mark.kernels
@@ -258,6 +299,16 @@ def test_every_way_of_lying_that_a_kernel_fits_gives_the_same_bits(what: str) ->
     assert fused.decoder(layout) is not None
     for seed, shape in enumerate([*shapes(layout), (4, 96 * layout.block["cols"])]):
         assert_same(layout, shape, random_components(layout, shape, seed))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("what", UNPACKED)
+def test_what_lies_in_no_order_is_unpacked_first(what: str) -> None:
+    layout = UNPACKED[what]
+    decode, shape = fused.decoder(layout), (4, 48)
+    components = random_components(layout, shape, 3)
+    assert decode is not None and decode(shape, components, np.empty(shape, F32), False)
+    assert_same(layout, shape, components)
 
 
 @pytest.mark.kernels
@@ -422,8 +473,9 @@ def test_arithmetic_gives_the_numbers_of_a_table(numbers: npt.NDArray[np.float32
         1, 1, np.array([[0, 1, 0, 255, 0, 1, 0]]), *(np.zeros((0, n), np.int64) for n in (5, 4)), np.uint8([])
     )
     got = np.empty(codes.shape, F32)
-    unused = np.full(len(numbers), np.nan, F32)
-    assert kernel.levels(codes, places, np.ones((1, 1), F32), got, unused, how, F32(0))
+    values = numbers if kernel.INTERPRETED else np.full(len(numbers), np.nan, F32)  # compiled, it reads no table
+    known = kernel.Numbers(kernel.COMPUTED, values[None], how, np.int32(0), F32(0), F32(1))
+    assert kernel.weights(codes, places, np.ones((1, 1), F32), got, known)
     assert got.tobytes() == numbers[codes].tobytes()
 
 
@@ -432,15 +484,29 @@ def test_other_numbers_have_no_such_arithmetic(name: str) -> None:
     assert kernel.arithmetic(minifloat.numbers(name)) is None
 
 
-def test_only_whole_numbers_of_a_power_of_two_have_a_unit() -> None:
-    units = {
-        name: float(kernel.unit_of(minifloat.numbers(name))) for name in ("int4", "int8_f6", "int4_6/7", E2M1, E4M3)
-    }
-    assert units == {"int4": 1, "int8_f6": 1 / 64, "int4_6/7": 0, E2M1: 0, E4M3: 0}
+def test_numbers_are_looked_up_if_they_are_few_and_computed_else() -> None:
+    names = ("int4", "float5_e2m2b1", "int8_f6", E4M3, "ufloat8_e5m3")
+    found = [kernel.numbers_of(minifloat.numbers(name)) for name in names]
+    assert [n.kind for n in found] == [kernel.LOOKED_UP, kernel.LOOKED_UP, kernel.WHOLE, kernel.COMPUTED, kernel.PLAIN]
+    assert (found[2].unit, found[2].half) == (1 / 64, 128)
 
 
 @pytest.mark.kernels
-def test_a_scale_that_its_unit_makes_subnormal_goes_by_the_table() -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_half_widens_as_numpy_does_it(dtype: str) -> None:
+    """All numbers of 16 bits, and as many of 32."""
+    stored = np.arange(1 << 16, dtype=np.uint16)
+    source = (stored.astype(np.uint32) * 65521).view(F32) if dtype == "float32" else stored.view(np.dtype(dtype))
+    as_given = stored if dtype == "bfloat16" else source
+    for through in (False, True):
+        for first in (0, 3):
+            out = np.full(1 << 16, 7, F32)
+            kernel.convert(as_given[first:], out[first:], through)
+            assert out[first:].tobytes() == source[first:].astype(F32).tobytes()
+
+
+@pytest.mark.kernels
+def test_scales_of_all_sizes_meet_whole_numbers_of_a_fraction() -> None:
     layout = apart(WHOLE_I1, Component("scale", (rows(),), (F4,)), scaled("int8_f6"))
     scale = np.array([2.0**-126 * 1.2345678, 1.5, 2.0**-140, np.inf, 0.0, -(2.0**-121)], F32)
     for some in (scale, scale[1:2], scale[:1].repeat(2), scale[3:5]):
@@ -466,7 +532,11 @@ def test_codes_that_are_no_number_meet_scales_that_are_none(name: str) -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(
-    "name", ["mxfp4", "nvfp4_ct", "mxfp8_e5m2", "fp8_tensor", "e2m0_tensor", "tq2_0", "nvfp4_ct_h64"]
+    "name",
+    [
+        *("mxfp4", "nvfp4_ct", "mxfp8_e5m2", "fp8_tensor", "e2m0_tensor", "tq2_0", "nvfp4_ct_h64", "q8_0"),
+        *("bf16", "f16", "hif4", "ptqtp3", "sherry_s16", "sherry_s16_perm"),
+    ],
 )
 def test_what_is_written_past_the_cache_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "LEAST_THROUGH", 0)
@@ -488,7 +558,7 @@ def test_what_is_written_past_the_cache_is_the_same(name: str, monkeypatch: pyte
 def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "LEAST_WEIGHTS", 1)
     for layout in [codecs.get(name).layout for name in FITS]:
-        shape = (7, layout.block["cols"])
+        shape = (7 * layout.block["rows"], layout.block["cols"])
         components = random_components(layout, shape, 4)
         for count in ("1", "2", "3"):
             monkeypatch.setenv("PACKFMT_THREADS", count)

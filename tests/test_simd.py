@@ -154,7 +154,16 @@ def _memory(array, at, out, number):
     simd.store(out, 450, total)
 
 
-KERNELS = (_dots, _look_ups, _halves, _bytes, _floats, _ints, _shifts, _memory)
+@njit
+def _some(array, count, floats, few, many, zeros):
+    """The first `count` lanes, at odd places."""
+    simd.store(floats, 1, simd.load_some_floats16(array, 3, count))
+    simd.store_some(few, 1, simd.load_bytes16(array, 3), count)
+    simd.store_some(many, 1, simd.load_bytes64(array, 3), count)
+    simd.clear(zeros, 1, count)
+
+
+KERNELS = (_dots, _look_ups, _halves, _bytes, _floats, _ints, _shifts, _memory)  # of which the code is looked at
 
 # ---- the checks: each yields what was found and what is right
 
@@ -288,6 +297,22 @@ def memory() -> Pairs:
     yield out[[64, 129, *range(514, 600)]], np.zeros(88, np.uint8)
 
 
+def some() -> Pairs:
+    """Fewer lanes than a vector has, all, and more; what lies outside stays as it is."""
+    array = random(15, 128, np.uint8)
+    for count in (*range(18), 31, 32, 33, 63, 64, 65):
+        floats, few, many, zeros = (np.full(size, 99, np.uint8) for size in (66, 18, 66, 99))
+        _some(array, count, floats, few, many, zeros)
+        wanted = np.zeros(64, np.uint8)
+        wanted[: 4 * count] = array[3:67][: 4 * count]
+        yield floats, np.concatenate([[99], wanted, [99]]).astype(np.uint8)
+        for found in (few, many):
+            inside = np.arange(len(found) - 2) < count
+            yield found[1:-1], np.where(inside, array[3:][: inside.size], 99).astype(np.uint8)
+            yield found[[0, -1]], np.full(2, 99, np.uint8)
+        yield zeros, np.where((np.arange(99) >= 1) & (np.arange(99) <= count), 0, 99).astype(np.uint8)
+
+
 # ---- where another library has told the processor to take subnormal float32 for 0
 
 EXACT, FLUSHING = np.uint32(0x1F80), np.uint32(0x9FC0)  # MXCSR, as a process begins, and with bits 15 and 6
@@ -327,7 +352,7 @@ def flushing(kernel: Callable[..., None], *args: Array) -> None:
 
 
 CHECKS: dict[str, Callable[[], Pairs]] = {
-    f.__name__.strip("_"): f for f in (dots, look_ups, halves, bytes_, floats, ints, shifts, memory)
+    f.__name__.strip("_"): f for f in (dots, look_ups, halves, bytes_, floats, ints, shifts, memory, some)
 }
 if platform.machine().lower() in ("x86_64", "amd64"):
     CHECKS |= {"halves_flushing": partial(halves, flushing), "bytes_flushing": partial(bytes_, flushing)}

@@ -56,8 +56,8 @@ def run(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else GOOD
     except TyperException as error:
         return _usage(error)
-    except (KeyboardInterrupt, Abort):
-        return _say(STOPPED, INTERRUPTED)
+    except (KeyboardInterrupt, Abort) as stop:
+        return _say(str(stop) or STOPPED, INTERRUPTED)
     except MismatchError as error:
         return _say(str(error), FOUND)
     except PlanError as error:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from packfmt.cli import FOUND, GOOD
+from packfmt.cli import FOUND, GOOD, cluster
 from packfmt.cli.options import (
     Base,
     Encoder,
@@ -20,25 +22,32 @@ from packfmt.cli.options import (
     Fallback,
     Force,
     Json,
+    JsonProgress,
     Lossless,
     Maps,
+    Memory,
     ReadAs,
+    Resume,
     Saved,
     Shard,
     Source,
     Target,
     To,
+    Verify,
     app,
     read_as_of,
+    size_of,
 )
 
 if TYPE_CHECKING:
     from packfmt.checkpoint import Checkpoint
     from packfmt.codec import Array
+    from packfmt.conversion import Report, Task
     from packfmt.demo import Row
     from packfmt.plan import Plan, Recipe
 
 MOST_REMARKS = 8  # printed
+TASKS = 16  # that a scheduler is given
 
 
 @app.command()
@@ -53,9 +62,7 @@ def convert(
     max_shard_size: Shard = "5GB",
     saved: Saved = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="read everything back and check it before DST gets its name")
-    ] = False,
+    verify: Verify = False,
     force: Force = False,
     lossless: Lossless = False,
     importance: Annotated[
@@ -66,40 +73,70 @@ def convert(
     ] = None,
     read_as: ReadAs = None,
     base: Base = None,
+    memory: Memory = None,
+    resume: Resume = False,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="do only the I-th of N parts; when all are done, packfmt merge DST"),
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="let the workers of a Dask cluster do the parts")
+    ] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="into how many parts --scheduler cuts it; default: 16", show_default=False
+        ),
+    ] = None,
     json: Json = False,
+    json_progress: JsonProgress = False,
 ) -> int:
     """Convert a model. Packs its weights and carries everything else over; DST appears only when whole."""
     from packfmt import checkpoint
     from packfmt import conversion as work
     from packfmt.cli import show
 
+    part = _part(task)
+    _check_ways({"--task": task, "--scheduler": scheduler, "--resume": resume}, dry_run, verify, tasks)
+    room = size_of(memory, "--memory")
     with checkpoint.open(source, read_as=read_as_of(read_as), base=base or "") as model:
         if saved and (maps or fallback or encoder or lossless):
             raise typer.BadParameter("a saved plan says all of it; edit the plan, or plan anew", param_hint="--plan")
         recipe = _recipe(to, maps, fallback, encoder, max_shard_size, saved, lossless)
-        plan = _plan(model, target, recipe, export, saved)
+        plan = _plan(model, target, recipe, export, saved, room)
         if dry_run:
-            return _show_plan(plan, json)
+            return _show_plan(plan, model, room, target, json)
         costs = _importance(importance) if importance else {}
-        with show.progress(model, quiet=json) as done:
-            report = work.run(plan, model, target, check=verify, force=force, progress=done, importance=costs)
+        watch = show.progress(_bytes_to_read(plan, part), json, json_progress)
+        workers = nullcontext() if scheduler is None else cluster.executor(scheduler)
+        place = target if scheduler is None else target.absolute()  # workers stand elsewhere
+        with _stoppable(target, scheduler is not None), workers as executor, watch as done:
+            report = work.run(
+                plan, model, place, check=verify, force=force, progress=done, importance=costs, memory=room,
+                resume=resume, task=part, executor=executor, tasks=tasks or TASKS,
+            )  # fmt: skip
         behind = list(model.extras.files) if target.is_file() else []
     if behind:
         some = ", ".join([*behind[:3], *([f"and {len(behind) - 3} more"] if len(behind) > 3 else [])])
         print(f"not taken along, for {target.name} is one file: {some}", file=sys.stderr)
-    if json:
-        sizes = {"source_bytes": report.source_bytes, "bytes": report.bytes, "seconds": round(report.seconds, 3)}
-        more = {"verified": verify, "remarks": report.remarks, "plan": plan.to_json()}
-        show.as_json({"path": str(report.path), **sizes, **more})
-    else:
-        _show_summary(plan)
-        for remark in report.remarks[:MOST_REMARKS]:
-            print(remark)
-        if len(report.remarks) > MOST_REMARKS:
-            print(f"and {len(report.remarks) - MOST_REMARKS} such remarks more; --json has them all")
-        checked = ", verified" if verify else ""
-        size = f"{show.size(report.bytes)}, {_ratio(report.source_bytes, report.bytes)}"
-        print(f"{target}: {size}, {report.seconds:.1f} s{checked}")
+    _tell(report, verify, json, part)
+    return GOOD
+
+
+@app.command()
+def merge(
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="where packfmt convert --task was told to write", show_default=False)
+    ],
+    verify: Verify = False,
+    force: Force = False,
+    json: Json = False,
+) -> int:
+    """Finish what tasks have made. When all parts of a conversion are done, DST appears, whole."""
+    from packfmt import conversion as work
+
+    report = work.merge(target, check=verify, force=force)
+    _tell(report, verify, json)
     return GOOD
 
 
@@ -115,14 +152,17 @@ def plan(
     lossless: Lossless = False,
     read_as: ReadAs = None,
     base: Base = None,
+    memory: Memory = None,
     json: Json = False,
 ) -> int:
     """Show what a conversion would do. Every tensor, what becomes of it, bytes, and why; no weight is read."""
     from packfmt import checkpoint
 
+    room = size_of(memory, "--memory")
     with checkpoint.open(source, read_as=read_as_of(read_as), base=base or "") as model:
         recipe = _recipe(to, maps, fallback, encoder, max_shard_size, None, lossless)
-        return _show_plan(_plan(model, Path("out"), recipe, export, None), json)
+        plan = _plan(model, Path("out"), recipe, export, None, room)
+        return _show_plan(plan, model, room, None, json)
 
 
 @app.command()
@@ -135,16 +175,21 @@ def decode(
     force: Force = False,
     read_as: ReadAs = None,
     base: Base = None,
+    memory: Memory = None,
+    resume: Resume = False,
+    json_progress: JsonProgress = False,
 ) -> int:
     """Turn a packed model back into a dense one."""
     from packfmt import checkpoint
     from packfmt import conversion as work
     from packfmt.cli import show
 
+    room = size_of(memory, "--memory")
     with checkpoint.open(source, read_as=read_as_of(read_as), base=base or "") as model:
         plan = work.decode_plan(model, target, dtype)
-        with show.progress(model) as done:
-            report = work.run(plan, model, target, force=force, progress=done)
+        watch = show.progress(_bytes_to_read(plan), as_lines_of_json=json_progress)
+        with _stoppable(target), watch as done:
+            report = work.run(plan, model, target, force=force, progress=done, memory=room, resume=resume)
     _show_summary(plan)
     print(f"{target}: {show.size(report.bytes)}, {report.seconds:.1f} s")
     return GOOD
@@ -220,34 +265,72 @@ def _recipe(
         if not (pattern and equals and layout):
             raise typer.BadParameter(f"{rule!r} is not REGEX=LAYOUT", param_hint="--map")
         rules.append((pattern, layout))
-    return Recipe(to, tuple(rules), fallback, encoder, _bytes(shard), lossless)
+    return Recipe(to, tuple(rules), fallback, encoder, size_of(shard, "--max-shard-size"), lossless)
 
 
-def _bytes(text: str) -> int:
-    """5GB, 500MB, 2_000_000 -> bytes; units are powers of 1000, as Hugging Face counts."""
-    found = re.fullmatch(r"([\d._]+)\s*([kMGT]?)B?", text)
-    try:
-        number = float(found[1]) if found else 0.0
-    except ValueError:
-        number = 0.0
-    if found is None or number <= 0:
-        raise typer.BadParameter(f"{text!r} is not a size such as 5GB or 500MB", param_hint="--max-shard-size")
-    return int(number * 1000 ** " kMGT".index(found[2] or " "))
-
-
-def _plan(model: Checkpoint, target: Path, recipe: Recipe, export: str, saved: Path | None) -> Plan:
+def _plan(model: Checkpoint, target: Path, recipe: Recipe, export: str, saved: Path | None, memory: int) -> Plan:
     from packfmt import conversion as work
 
     if saved:
         return work.saved_plan(saved, model, target, export)
-    return work.plan_for(model, target, recipe, export)
+    return work.plan_for(model, target, recipe, export, memory)
 
 
-def _show_plan(plan: Plan, json: bool) -> int:
+def _part(text: str | None) -> Task:
+    """2/4 -> the second of four parts of a conversion; None -> all of it."""
+    from packfmt.conversion import Task
+
+    if text is None:
+        return Task()
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    number, count = (int(n) for n in found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise typer.BadParameter(f"{text!r} is not I/N with I from 1 to N, such as 2/4", param_hint="--task")
+    return Task(number, count)
+
+
+def _check_ways(ways: Mapping[str, object], dry_run: bool, verify: bool, tasks: int | None) -> None:
+    """Refuse options that do not go together. `ways`: those that say how the work is done, by name."""
+    given = [name for name, value in ways.items() if value not in (None, False)]
+    if dry_run and given:
+        raise typer.BadParameter("nothing is done in a dry run; leave one of both out", param_hint=given[0])
+    if {"--task", "--scheduler"} <= {*given}:
+        raise typer.BadParameter("a scheduler's workers do all tasks; leave one of both out", param_hint="--task")
+    if "--task" in given and verify:
+        raise typer.BadParameter("a part cannot be verified; say packfmt merge --verify", param_hint="--verify")
+    if tasks and "--scheduler" not in given:
+        raise typer.BadParameter("needs --scheduler ADDRESS; else say --task I/N", param_hint="--tasks")
+
+
+@contextmanager
+def _stoppable(target: Path, elsewhere: bool = False) -> Iterator[None]:
+    """An interrupted conversion says how it goes on, if anything of it is left."""
+    from packfmt.exporters.whole import partial_of
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        partial = partial_of(target)
+        when = ", when workers have ended the parts they have begun" if elsewhere else ""
+        left = f"interrupted; what is done lies in {partial.name}, --resume goes on{when}"
+        raise typer.Abort(left if partial.exists() else "") from None
+
+
+def _bytes_to_read(plan: Plan, part: Task | None = None) -> int:
+    from packfmt.codec import matrix
+    from packfmt.conversion import Task
+    from packfmt.conversion.running import share
+
+    steps = [plan.steps[at] for at in share(plan, part or Task())]
+    return sum(s.before.nbytes(*matrix(s.shape)) for s in steps)
+
+
+def _show_plan(plan: Plan, model: Checkpoint, memory: int, target: Path | None, json: bool) -> int:
     from packfmt.cli import show
 
+    needs = _needs(plan, model, memory, target)
     if json:
-        show.as_json(plan.to_json())
+        show.as_json({**plan.to_json(), "needs": needs._asdict()})
         return GOOD
     show.table(
         ("tensor", "shape", "from", "to", "action", "bytes", "because"),
@@ -257,9 +340,42 @@ def _show_plan(plan: Plan, json: bool) -> int:
         ],
     )
     _show_summary(plan)
-    held = f"at most {show.size(plan.working_set)} held at once"
-    print(f"{plan.source}: {show.size(plan.nbytes)} of tensors as {plan.container}, {held}")
+    few = " (too few)" if needs.free is not None and needs.free < needs.disk else ""
+    room = "" if needs.free is None else f", {show.size(needs.free)} are free{few}"
+    print(f"{plan.source}: {show.size(needs.disk)} to be written as {plan.container}{room}")
+    how = "--memory says" if memory else "by default"
+    print(f"memory: {show.size(needs.least_memory)} at least, {how} {show.size(needs.memory)}")
     return GOOD
+
+
+class _Needs(NamedTuple):
+    """Bytes that a conversion needs."""
+
+    disk: int  # to be written, without streams
+    free: int | None  # where it is to be written; None: nobody said where
+    least_memory: int  # without which it cannot be done
+    memory: int  # that it will hold at most
+
+
+def _needs(plan: Plan, model: Checkpoint, memory: int, target: Path | None) -> _Needs:
+    """What a conversion needs.
+
+    Raises
+    ------
+    PlanError
+        If the memory that was asked for, or that this machine has, is too little.
+    """
+    import shutil
+
+    from packfmt import exporters
+    from packfmt.conversion import admission, steps
+
+    output = exporters.get(plan.container).lay(target or Path("out"), plan, model.extras)
+    carried = 0 if output.one_file else sum(f.stat().st_size for f in model.extras.files.values())
+    place = target.absolute().parent if target else None
+    free = shutil.disk_usage(place).free if place and place.is_dir() else None
+    least = max((steps.least_held(step) for step in plan.steps), default=0)
+    return _Needs(sum(output.files.values()) + carried, free, least, admission.memory_for(plan, memory))
 
 
 def _show_summary(plan: Plan) -> None:
@@ -283,6 +399,30 @@ def _show_summary(plan: Plan) -> None:
             )
         )
     show.table(("action", "layout", "tensors", "weights", "bits/weight", "size"), rows)
+
+
+def _tell(report: Report, verify: bool, json: bool, part: Task | None = None) -> None:
+    """Print what a conversion, or a part of it, has done."""
+    from packfmt.cli import show
+
+    task = str(part) if part and part.count > 1 else ""
+    if json:
+        sizes = {"source_bytes": report.source_bytes, "bytes": report.bytes, "seconds": round(report.seconds, 3)}
+        more = {"verified": verify, "remarks": report.remarks, "plan": report.plan.to_json()}
+        show.as_json({"path": str(report.path), **({"task": task} if task else {}), **sizes, **more})
+        return
+    if not task:
+        _show_summary(report.plan)
+    for remark in report.remarks[:MOST_REMARKS]:
+        print(remark)
+    if len(report.remarks) > MOST_REMARKS:
+        print(f"and {len(report.remarks) - MOST_REMARKS} such remarks more; --json has them all")
+    if task:
+        print(f"task {task} is done, {report.seconds:.1f} s; when all are: packfmt merge {report.path}")
+        return
+    checked = ", verified" if verify else ""
+    size = f"{show.size(report.bytes)}, {_ratio(report.source_bytes, report.bytes)}"
+    print(f"{report.path}: {size}, {report.seconds:.1f} s{checked}")
 
 
 def _ratio(before: int, after: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +59,19 @@ ReadAs = Annotated[
 Base = Annotated[
     Path | None, typer.Option(metavar="SRC", help="the dense model it was made from, to tell such types by")
 ]
+Verify = Annotated[bool, typer.Option("--verify", help="read everything back and check it before DST gets its name")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="hold no more than this at once: 1GiB, 500MB; default: a quarter of the machine's",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with what an earlier run, which was stopped, has left")]
+JsonProgress = Annotated[
+    bool, typer.Option("--json-progress", help="tell progress as JSON, a line a second, on standard error")
+]
 Lossless = Annotated[
     bool, typer.Option("--lossless", help="look at the weights first; refuse whatever would change a number")
 ]
@@ -71,6 +86,20 @@ def read_as_of(pairs: list[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"{pair!r} is not TYPE=LAYOUT", param_hint="--read-as")
         out[kind] = layout
     return out
+
+
+def size_of(text: str | None, option: str) -> int:
+    """5GB, 1.5GiB, 2_000_000 -> bytes; GB are powers of 1000, as Hugging Face counts, GiB of 1024. 0 of None."""
+    if text is None:
+        return 0
+    found = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*(?:([kKMGT])(i?))?B?", text.strip(), re.ASCII)
+    nbytes = 0
+    if found:
+        number, unit, binary = found.groups()
+        nbytes = int(Decimal(number) * (1024 if binary else 1000) ** " KMGT".index((unit or " ").upper()))
+    if not nbytes:
+        raise typer.BadParameter(f"{text!r} is not a size such as 5GB, 500MB or 1GiB", param_hint=option)
+    return nbytes
 
 
 def _version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -11,9 +12,11 @@ from packfmt.checkpoint import Checkpoint
 from packfmt.codec import dense_dtype
 from packfmt.conversion.steps import least_held
 from packfmt.errors import ContainerError, MachineError, PlanError
+from packfmt.exporters.whole import partial_of
 from packfmt.plan import Plan
 
 SPARE = 1 << 20  # bytes of disk wanted beside the tensors, for headers
+BLOCK = 512  # bytes that st_blocks counts
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container, in Linux
 UNKNOWN = 8 << 30  # bytes of memory, where the system does not say
 
@@ -73,15 +76,26 @@ def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
             f"{target}: a folder that is not known to be packfmt's, or that another ecosystem's reader loads: it may "
             "be the only copy of a model, so --force does not replace it; remove it first, or choose another place"
         )
+    aside = target.with_name(target.name + ".replaced")  # of `whole.give_name`, which deletes it
+    if aside.exists() and not partial_of(target).exists():
+        raise PlanError(f"{aside}: is in the way of replacing {target.name}; move it elsewhere, or remove it")
     folder = target.absolute().parent
     if not folder.is_dir():
         raise PlanError(f"{folder}: no such folder; make it first")
     if not os.access(folder, os.W_OK):
         raise MachineError(f"{folder}: may not be written")
+    # what an earlier run wrote is counted twice otherwise
+    partial = partial_of(target)
+    written = [partial, *partial.rglob("*"), *folder.glob(f"{glob.escape(partial.name)}.stream.*")]
+    free = shutil.disk_usage(folder).free + sum(_allocated(path) for path in written)
     need = plan.nbytes + sum(f.stat().st_size for f in model.extras.files.values()) + SPARE
-    free = shutil.disk_usage(folder).free
     if need > free:
         raise MachineError(f"{folder}: {free:,} bytes free, this conversion needs {need:,}")
+
+
+def _allocated(path: Path) -> int:
+    """Bytes of disk that a file takes; 0 of what is no file."""
+    return int(getattr(path.stat(), "st_blocks", 0)) * BLOCK if path.is_file() else 0
 
 
 def _same_file(a: Path, b: Path) -> bool:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Executor, wait
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,9 @@ from packfmt.checkpoint import Checkpoint
 from packfmt.codec import Array, matrix
 from packfmt.conversion import journal as journals
 from packfmt.conversion.admission import may_write, memory_for
-from packfmt.conversion.journal import ALONE, Done, Journal, Task
+from packfmt.conversion.journal import ALONE, Done, Journal, Task, Told
 from packfmt.conversion.steps import remark
-from packfmt.conversion.work import Progress, carry_out
+from packfmt.conversion.work import GO_ON, Progress, bytes_of_rows, carry_out
 from packfmt.errors import ContainerError, LayoutError, MachineError, MismatchError, PackfmtError, PlanError
 from packfmt.exporters import beside
 from packfmt.exporters.output import Files
@@ -29,8 +33,9 @@ from packfmt.exporters.whole import give_name, partial_of
 from packfmt.plan import Plan, from_json
 
 SHRANK = "PF101"  # of a source; whoever puts it back can go on
-GO_ON = "--resume goes on"
+NEAR = 1 / 16  # of a task's bytes, by which it may end sooner or later to end with a file
 POLLED = 0.5  # seconds between looks at what others' journals say
+PATIENCE = 10.0  # seconds in which the system ends a worker that was killed, and lets go of its journal
 SWAPPED = (
     "experts are (experts, outputs, inputs), as gpt-oss packs them; transformers' dense model has the last two swapped"
 )
@@ -72,12 +77,19 @@ def run(
 
     Parameters
     ----------
+    plan : of `plan_for`, `decode_plan` or `saved_plan`
+    model : what it was made for, open
+    target : a new folder or file
+    check : read everything back and check the laws before the target gets its name
+    force : replace a target that exists
+    progress : is told how many bytes of which tensor have just been done, by one thread at a time, or, with `resume`,
+        were done before; together the bytes of all tensors that the plan reads
     importance : for weights by name, what an error in each column costs (`Codec.encode`)
-    progress : is told how many bytes of which tensor have just been done, by one thread at a time
-    memory : bytes that may be held beside the interpreter's own; default: a quarter of the machine's
+    memory : bytes that may be held beside the interpreter's own, by each worker; default: a quarter of the machine's
     resume : go on with what an earlier run of the same plan has left
     task : do only this part of the plan; when all tasks are done, on one machine or many, `merge` gives the name
-    executor : let its workers do the plan's parts, `tasks` in number; they see the same files
+    executor : let its workers do the plan's parts; they see the same files
+    tasks : how many parts these are
 
     Raises
     ------
@@ -92,24 +104,27 @@ def run(
     begin = time.perf_counter()
     importance = importance or {}
     notes = list(_unweighed(plan, importance))
-    memory = memory_for(plan, memory)
-    job = _Job(plan, target, _told(plan, model, importance), importance, memory)
-    if resume and (count := _named_already(job)):
-        notes += _remarks(plan, model, _done(plan, target, count))
-        journals.remove(target)
+    job = _Job(plan, target, _told(plan, model, importance), importance, memory_for(plan, memory))
+    written = 0
+    if resume and (journal := _named_already(target)):
+        with _machine_errors(target), closing(journal):
+            if what := journals.changed(journal.begin["conversion"], job.told["conversion"]):
+                raise PlanError(f"{target}: whole, but of another conversion: {what}; remove {journal.path.name}")
+            notes += _tidy(job, model, journal)
         return Report(plan, target, _source_bytes(model), _written(target), time.perf_counter() - begin, tuple(notes))
     may_write(plan, model, target, force)
-    with _machine_errors(target):
-        _check_left(target, task, resume)
-        if executor is None:
-            job.do(model, task, progress, resume)
-        else:
-            job.spread(executor, tasks, progress, resume)
+    with _machine_errors(target), closing(job.files(model)) as files:
+        if executor:
+            job.spread(executor, tasks, files, progress, resume)
             task = Task(1, tasks)
-        if executor is None and task.count > 1:
-            return Report(plan, target, _source_bytes(model), 0, time.perf_counter() - begin, tuple(notes))
-        notes += _finish(plan, model, target, task.count, check)
-    return Report(plan, target, _source_bytes(model), _written(target), time.perf_counter() - begin, tuple(notes))
+        with closing(job.journal(files, task, resume or executor is not None)) as journal:
+            if not executor:
+                job.do(model, task, files, journal, progress)
+            if executor or task.count == 1:
+                _give_name(job, files, journal, check)
+                notes += _tidy(job, model, journal)
+                written = _written(target)
+    return Report(plan, target, _source_bytes(model), written, time.perf_counter() - begin, tuple(notes))
 
 
 def merge(target: Path, *, check: bool = False, force: bool = False) -> Report:
@@ -118,20 +133,29 @@ def merge(target: Path, *, check: bool = False, force: bool = False) -> Report:
     Raises
     ------
     PlanError
-        If there are no tasks, they are of different plans, or some are missing.
+        If there are no tasks, they are of different plans, some are missing, or the source has changed since.
     """
     begin = time.perf_counter()
     found = journals.all_of(target)
     if not found:
         raise PlanError(f"{target}: no task has written here; run packfmt convert ... --task 1/N first")
-    told, _, _ = journals.read(found[0])
-    opened, count = told["source"], int(told["task"].partition("/")[2])
-    with checkpoint.open(opened["path"], opened["container"], opened["read_as"]) as model:
-        data = told["conversion"]["plan"]
+    told = next(iter(found.values()))
+    opened = told.begin["source"]
+    with checkpoint.open(opened["path"], opened["container"], opened["read_as"]) as model, _machine_errors(target):
+        if what := journals.changed(told.begin["conversion"]["source"], _files(model)):
+            raise PlanError(f"{target}: the source has changed since: {what}; remove {partial_of(target).name}*")
+        data = {"source": opened["path"], **told.begin["conversion"]["plan"]}
         plan = from_json(data, model.index, exporters.get(data["container"]), codecs.get)
-        may_write(plan, model, target, force)
-        with _machine_errors(target):
-            notes = _finish(plan, model, target, count, check)
+        job = _Job(plan, target, told.begin, {}, 0)
+        if journal := _named_already(target):
+            with closing(journal):
+                notes = _tidy(job, model, journal)
+        else:
+            may_write(plan, model, target, force)
+            job.done(told.tasks)
+            with closing(job.files(model)) as files, closing(job.journal(files, Task(1, told.tasks), True)) as journal:
+                _give_name(job, files, journal, check)
+                notes = _tidy(job, model, journal)
         return Report(plan, target, _source_bytes(model), _written(target), time.perf_counter() - begin, tuple(notes))
 
 
@@ -144,62 +168,142 @@ class _Job:
 
     plan: Plan
     target: Path
-    told: Mapping[str, Any]  # the first line of its journals
+    told: Mapping[str, Any]  # the first line of its journals, but for the task
     importance: Costs
     memory: int
 
-    def do(self, model: Checkpoint, task: Task, progress: Progress | None, resume: bool) -> None:
-        """Do one task: write its part of the partial output, and note it."""
-        begin = {**self.told, "task": str(task)}
-        path = journals.path_of(self.target, task)
+    def files(self, model: Checkpoint) -> Files:
+        """The output's files, while they have not its name."""
         output = exporters.get(self.plan.container).lay(self.target, self.plan, model.extras)
-        files = Files(output, self.plan.steps, partial_of(self.target))
-        journal = Journal.resume(path, begin) if resume else Journal.start(path, begin)
-        useless = _removed_if_useless(files, self.target) if task.count == 1 else nullcontext()
-        with useless, closing(files), closing(journal):
+        return Files(output, self.plan.steps, partial_of(self.target))
+
+    def journal(self, files: Files, task: Task, resume: bool, patience: float = 0) -> Journal:
+        """The journal of a task, which nobody else has now; what it and those of other tasks say fits what is there."""
+        path = journals.path_of(self.target, task)
+        if not journals.read(path).begin:  # else who has it now is told first
+            self._check_left(files, task)
+        journal = Journal(path, {**self.told, "task": str(task)}, resume, patience)
+        try:
+            self._check_left(files, task)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    def do(self, model: Checkpoint, task: Task, files: Files, journal: Journal, progress: Progress | None) -> None:
+        """Do one task: write its part of the partial output, and note it."""
+        alone = _removed_if_useless(files, lambda: journal.remove(self.target))
+        with alone if task.count == 1 else nullcontext():
             files.make()
             carry_out(
                 self.plan, model, share(self.plan, task), memory=self.memory, files=files, journal=journal,
                 importance=self.importance, progress=progress,
             )  # fmt: skip
 
-    def spread(self, executor: Executor, count: int, progress: Progress | None, resume: bool) -> None:
+    def spread(self, executor: Executor, count: int, files: Files, progress: Progress | None, resume: bool) -> None:
         """Let an executor's workers do all tasks; progress is what their journals say."""
-        waiting = {executor.submit(_do_elsewhere, self, Task(n, count), resume) for n in range(1, count + 1)}
+        if not resume and (found := journals.all_of(self.target)):
+            raise journals.left(next(iter(found)))
+        self._check_left(files, Task(1, count))
+        with _removed_if_useless(files, lambda: journals.remove(self.target)):
+            try:
+                for error in self._results(executor, count, progress, resume):
+                    if error:
+                        raise error
+            except (PackfmtError, OSError):
+                raise
+            except Exception as error:  # of the executor's own: a worker was killed too often, the scheduler is gone
+                what = f"a worker failed: {type(error).__name__}: {error}"
+                raise MachineError(f"{self.target}: {what}; {GO_ON}") from error
+
+    def _results(
+        self, executor: Executor, count: int, progress: Progress | None, resume: bool
+    ) -> Iterator[PackfmtError | None]:
+        """What was wrong with each task, in their order; when there is one with an error, none that runs is left."""
+        futures = [executor.submit(_do_elsewhere, self, Task(n, count), resume) for n in range(1, count + 1)]
+        said: dict[Path, Told] = {}
         told: dict[int, int] = {}
         try:
-            while waiting:
-                done, waiting = wait(waiting, POLLED, FIRST_EXCEPTION)
-                for one in done:
-                    one.result()
+            waiting = set(futures)
+            while waiting and not any(f.exception() or f.result() for f in futures if f.done()):
+                waiting = wait(waiting, POLLED, FIRST_EXCEPTION).not_done
                 if progress:
-                    self._tell(progress, told)
-        except PackfmtError:
-            raise
-        except Exception as error:  # of the executor's own: a worker was killed too often, the scheduler is gone
-            raise MachineError(f"{self.target}: a worker failed: {type(error).__name__}: {error}; {GO_ON}") from error
+                    self._tell(progress, said, told)
         finally:
-            for one in waiting:
+            for one in futures:
                 one.cancel()
+            wait(futures)
+        yield from (f.result() for f in futures if not f.cancelled())
 
-    def _tell(self, progress: Progress, told: dict[int, int]) -> None:
-        for path in journals.all_of(self.target):
-            for at, done in journals.read(path)[1].items():
-                step = self.plan.steps[at]
-                rows = sum(stop - start for start, stop in done.rows)
-                if rows > told.get(at, 0):
-                    nbytes = step.before.nbytes(*matrix(step.shape)) * rows // max(1, matrix(step.shape)[0])
-                    before = told.get(at, 0) * nbytes // rows
-                    told[at] = rows
-                    progress(step.name, nbytes - before)
+    def _tell(self, progress: Progress, said: dict[Path, Told], told: dict[int, int]) -> None:
+        """Tell what is new in the journals. `said`: what they said before, `told`: how many slices of which steps."""
+        for path in journals.paths(self.target):
+            said[path] = journals.read(path, said.get(path))
+            for at, done in said[path].done.items():
+                for start, stop in done.rows[told.get(at, 0) :]:
+                    progress(self.plan.steps[at].name, bytes_of_rows(self.plan.steps[at], start, stop))
+                told[at] = len(done.rows)
+
+    def done(self, count: int) -> dict[int, Done]:
+        """What the journals of all tasks say, which must be that all is done.
+
+        Raises
+        ------
+        PlanError
+            If a task is not done, or was one of another conversion.
+        """
+        found, done = journals.all_of(self.target), dict[int, Done]()
+        for task in (Task(n, count) for n in range(1, count + 1)):
+            told = found.get(journals.path_of(self.target, task))
+            if not told:
+                raise PlanError(f"{self.target}: task {task} has not begun; run it with --task {task}")
+            if what := journals.changed(self.told["conversion"], told.begin["conversion"]):
+                raise PlanError(f"{self.target}: task {task} is of another conversion: {what}; do it again")
+            if missing := [at for at in share(self.plan, task) if at not in told.done or told.done[at].sums is None]:
+                name = self.plan.steps[missing[0]].name
+                run_it = f"run it with --task {task} --resume"
+                raise PlanError(f"{self.target}: task {task} is not done: {name} is missing; {run_it}")
+            done |= told.done
+        return done
+
+    def _check_left(self, files: Files, task: Task) -> None:
+        """Refuse to mix what is written with what another conversion has left.
+
+        Raises
+        ------
+        ContainerError, PlanError
+            If there is something that no journal knows, that is another conversion's, or less than journals say.
+        """
+        partial, found = partial_of(self.target), journals.all_of(self.target)
+        if not found and partial.exists():
+            raise ContainerError(f"{partial}: is there, and no journal says what it is; remove it")
+        for path, told in found.items():
+            if what := journals.changed(told.begin["conversion"], self.told["conversion"]):
+                raise PlanError(f"{path}: cannot go on: {what}; do as before, or remove {partial.name}*")
+            if told.tasks != task.count:
+                many = f"{told.tasks} tasks were begun" if told.tasks > 1 else "it was begun without --task"
+                raise PlanError(f"{path}: cannot go on: {many}; do as before, or remove {partial.name}*")
+        if any(told.done for told in found.values()) and (missing := _missing(files)):
+            raise PlanError(f"{missing}: is not there as the journal says; remove {partial.name}*")
 
 
-def _do_elsewhere(job: _Job, task: Task, resume: bool) -> None:
-    """A task in a worker's process. One that is done again, because a worker was killed, goes on where that was."""
+def _do_elsewhere(job: _Job, task: Task, resume: bool) -> PackfmtError | None:
+    """A task in a worker's process; returns what is wrong for good, for executors may repeat what raises.
+
+    A task that is done again, because a worker was killed, goes on where that was.
+    """
     opened = job.told["source"]
     again = resume or journals.path_of(job.target, task).exists()
-    with checkpoint.open(opened["path"], opened["container"], opened["read_as"]) as model:
-        job.do(model, task, None, again)
+    try:
+        with (
+            checkpoint.open(opened["path"], opened["container"], opened["read_as"]) as model,
+            closing(job.files(model)) as files,
+            closing(job.journal(files, task, again, PATIENCE)) as journal,
+        ):
+            job.do(model, task, files, journal, None)
+    except PackfmtError as error:
+        return error
+    return None
 
 
 def share(plan: Plan, task: Task) -> range:
@@ -208,18 +312,17 @@ def share(plan: Plan, task: Task) -> range:
     A task ends with a file of the output if one ends nearby: most files are then written by one machine.
     """
     costs = [s.before.nbytes(*matrix(s.shape)) + s.nbytes for s in plan.steps]
-    total, near = max(1, sum(costs)), sum(costs) / task.count / 4
-    ends = [0]
-    so_far = list(np.cumsum([0, *costs]))
-    for n in range(1, task.count):
+    before = np.cumsum([0, *costs])
+    total, near = int(before[-1]), float(before[-1]) / task.count * NEAR
+    file_ends = np.array([0, *(i for i, (a, b) in enumerate(pairwise(plan.steps), 1) if a.file != b.file)])
+
+    def end(n: int) -> int:
+        """Where task n ends."""
         wanted = total * n / task.count
-        at = int(np.searchsorted(so_far, wanted))
-        file_ends = [i for i in range(1, len(costs)) if plan.steps[i].file != plan.steps[i - 1].file]
-        close = [i for i in file_ends if abs(so_far[i] - wanted) <= near]
-        at = min(close, key=lambda i: abs(so_far[i] - wanted)) if close else at
-        ends.append(min(max(at, ends[-1]), len(costs)))
-    ends.append(len(costs))
-    return range(ends[task.number - 1], ends[task.number])
+        file_end = int(file_ends[np.abs(before[file_ends] - wanted).argmin()])
+        return file_end if abs(before[file_end] - wanted) <= near else int(np.searchsorted(before, wanted))
+
+    return range(end(task.number - 1), end(task.number) if task.number < task.count else len(costs))
 
 
 # ---------------------------------------------------------------- before and after
@@ -232,35 +335,39 @@ def _told(plan: Plan, model: Checkpoint, importance: Costs) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name in sorted(importance):
         digest.update(name.encode() + np.ascontiguousarray(importance[name]).tobytes())
-    files = {}
-    for path in model.files():
-        found = path.stat()
-        files[str(path)] = {"bytes": found.st_size, "changed": found.st_mtime_ns}
+    data = plan.to_json()
     conversion = {
         "packfmt": __version__,
-        "source": files,
-        "plan": plan.to_json(),
-        "importance": digest.hexdigest() if importance else "",
+        "source": _files(model),
+        "importance": digest.hexdigest() if importance else "none",
+        "plan": {key: data[key] for key in ("version", "container", "steps")},
     }
     source = {"path": str(model.path.absolute()), "container": model.container, "read_as": dict(model.read_as)}
     return {"conversion": conversion, "source": source}
 
 
-def _check_left(target: Path, task: Task, resume: bool) -> None:
-    """Refuse to write over what an earlier run has left.
+def _files(model: Checkpoint) -> dict[str, str]:
+    """What a source's files are recognised by."""
+    out = {}
+    for path in model.files():
+        found = path.stat()
+        seconds, rest = divmod(found.st_mtime_ns, 10**9)
+        when = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09}"
+        out[os.path.abspath(path)] = f"{found.st_size:,} bytes of {when}"
+    return out
 
-    Raises
-    ------
-    ContainerError
-        If there is something, and it is not asked to go on with it.
-    """
-    if resume:
-        return
-    partial, mine = partial_of(target), journals.path_of(target, task)
-    if mine.exists() or (task.count == 1 and partial.exists()):
-        raise ContainerError(
-            f"{partial}: another conversion writes here, or one was stopped; {GO_ON}, or remove {partial.name}*"
-        )
+
+def _missing(files: Files) -> Path | None:
+    """A file of the output that is not there, or too small."""
+    for name, size in files.output.files.items():
+        path = files.path / name if name else files.path
+        try:
+            with path.open("rb") as file:  # a network's file system may know an old size until a file is opened
+                if os.fstat(file.fileno()).st_size < size:
+                    return path
+        except OSError:
+            return path
+    return None
 
 
 @contextmanager
@@ -275,76 +382,55 @@ def _machine_errors(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _removed_if_useless(files: Files, target: Path) -> Iterator[None]:
-    """Leave nothing of an output that can never be whole."""
+def _removed_if_useless(files: Files, forget: Callable[[], None]) -> Iterator[None]:
+    """Leave nothing of an output that can never be whole. `forget`: deletes the journals."""
     try:
         yield
     except (LayoutError, PlanError, MismatchError, ContainerError) as error:
         if getattr(error, "rule", "") != SHRANK:
             files.remove()
-            journals.remove(target)
+            forget()
         raise
 
 
-def _named_already(job: _Job) -> int:
-    """How many tasks wrote the whole output that is there, of this same conversion, if nothing but journals is left."""
-    found = journals.all_of(job.target)
-    if not found or partial_of(job.target).exists() or not job.target.exists():
-        return 0
-    told = journals.read(found[0])[0]
-    if not told or told["conversion"] != journals.plain(job.told["conversion"]):
-        return 0
-    return int(told["task"].partition("/")[2])
-
-
-def _finish(plan: Plan, model: Checkpoint, target: Path, count: int, check: bool) -> list[str]:
-    """Write what is known only when all is done, check it, and give the output its name; what a user should know.
+def _give_name(job: _Job, files: Files, journal: Journal, check: bool) -> None:
+    """Write what is known only when all is done, check it, and give the output its name.
 
     Raises
     ------
     PlanError
         If a task is not done, or was one of another conversion.
     """
-    done = _done(plan, target, count)
-    container = exporters.get(plan.container)
-    files = Files(container.lay(target, plan, model.extras), plan.steps, partial_of(target))
-    with _removed_if_useless(files, target), closing(files):
-        files.finish({plan.steps[at].name: one.sums or {} for at, one in done.items()})
+    done = job.done(journal.tasks)
+    with _removed_if_useless(files, lambda: journal.remove(job.target)):
+        files.finish({job.plan.steps[at].name: one.sums or {} for at, one in done.items()})
         if check:
-            verify.check_output(partial_of(target), container.NAME)
-    give_name(target)
-    files.tidy()
-    journals.remove(target)
-    return _remarks(plan, model, done)
+            verify.check_output(files.path, job.plan.container)
+    journal.whole(files.path)
+    give_name(job.target)
 
 
-def _done(plan: Plan, target: Path, count: int) -> dict[int, Done]:
-    """What the journals of all tasks say, which must be that all is done."""
+def _named_already(target: Path) -> Journal | None:
+    """The open journal of a conversion that gave the name, and was killed before it had tidied up."""
+    for path, told in journals.all_of(target).items():
+        if told.output and target.exists() and target.stat().st_ino == told.output:
+            return Journal(path, told.begin, resume=True)
+    return None
+
+
+def _tidy(job: _Job, model: Checkpoint, journal: Journal) -> list[str]:
+    """Delete what is there beside the output, now that it has its name; what a user should know of the output."""
     done: dict[int, Done] = {}
-    first: dict[str, Any] = {}
-    for task in (Task(n, count) for n in range(1, count + 1)):
-        path = journals.path_of(target, task)
-        if not path.exists():
-            raise PlanError(f"{target}: task {task} has not begun; run it with --task {task}")
-        told, mine, _ = journals.read(path)
-        first = first or told
-        if told["conversion"] != first["conversion"]:
-            raise PlanError(f"{path}: is of another conversion than task 1's; do this task again")
-        if missing := [at for at in share(plan, task) if at not in mine or mine[at].sums is None]:
-            raise PlanError(
-                f"{target}: task {task} is not done: {plan.steps[missing[0]].name} is missing; "
-                f"run it with --task {task} --resume"
-            )
-        done |= mine
-    return done
-
-
-def _remarks(plan: Plan, model: Checkpoint, done: Mapping[int, Done]) -> list[str]:
-    """What a user should know of an output."""
-    container = exporters.get(plan.container)
-    counted = [(step, remark(step, done[at].counted)) for at, step in enumerate(plan.steps)]
-    notes = [*container.remarks(plan.steps), *(f"{step.name}: {text}" for step, text in counted if text)]
-    return [*notes, SWAPPED] if _swapped(plan, model) else notes
+    for told in journals.all_of(job.target).values():
+        done |= told.done
+    with closing(job.files(model)) as files:
+        files.tidy()
+    shutil.rmtree(job.target.with_name(job.target.name + ".replaced"), ignore_errors=True)  # of `give_name`
+    journal.remove(job.target)
+    container = exporters.get(job.plan.container)
+    counted = [(step, remark(step, done[at].counted)) for at, step in enumerate(job.plan.steps) if at in done]
+    notes = [*container.remarks(job.plan.steps), *(f"{step.name}: {text}" for step, text in counted if text)]
+    return [*notes, SWAPPED] if _swapped(job.plan, model) else notes
 
 
 def _written(target: Path) -> int:

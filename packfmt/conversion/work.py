@@ -6,26 +6,27 @@ queue. Slices are begun in the order of the plan and may end in any: each has it
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 from packfmt import codecs
 from packfmt.checkpoint import Checkpoint
-from packfmt.codec import Array, matrix
+from packfmt.codec import Array, PackedTensor, matrix
 from packfmt.conversion.journal import Done, Journal
 from packfmt.conversion.steps import ROOM, Slice, apply, counted, cut, peak_of, read
-from packfmt.errors import LayoutError
-from packfmt.exporters.output import Files
+from packfmt.errors import LayoutError, MachineError
+from packfmt.exporters.output import CHUNK, Files
 from packfmt.kernels import threads
 from packfmt.plan import RESCALE, Plan, Step
 
 Progress = Callable[[str, int], None]  # a tensor's name, and the bytes of it that have just been done
+GO_ON = "--resume goes on"
 NOTED = 2.0  # seconds between entries of the journal: what is lost at most when the process is killed
 FUSED_NAMES = (
     ("q_proj", "k_proj", "v_proj", "query", "key", "value", "attn_q", "attn_k", "attn_v"),
@@ -48,6 +49,8 @@ def carry_out(
 ) -> dict[int, Done]:
     """Do these steps of a plan, on all threads; returns what was counted of each, and its checksums.
 
+    What fails first in the order of the plan is raised, however threads happen to run.
+
     memory : bytes that slices in work may hold together; one that needs more is worked on alone
     files : where results go; None: they are thrown away
     journal : what is done already, which is left out, and where to note what is done now
@@ -55,12 +58,15 @@ def carry_out(
     Raises
     ------
     LayoutError
-        If a weight cannot be encoded: of those begun, the first of the plan.
+        If a weight cannot be encoded.
     ContainerError, OSError
         If the source cannot be read or the output not be written.
     """
     work = _Work(plan, model, memory, files, journal, importance or {}, progress)
-    return work.run(sorted(which))
+    work.run(sorted(which))
+    if work.errors:
+        raise min(work.errors, key=lambda found: found[0])[1]
+    return work.done
 
 
 def refused(plan: Plan, model: Checkpoint, which: Iterable[int], memory: int) -> list[LayoutError]:
@@ -68,7 +74,18 @@ def refused(plan: Plan, model: Checkpoint, which: Iterable[int], memory: int) ->
     work = _Work(plan, model, memory, None, None, {}, None)
     work.all_of_them = True
     work.run(sorted(which))
-    return [error for _, error in sorted(work.refused.items())]
+    first: dict[int, LayoutError] = {}
+    for _, error, at in sorted(work.errors, key=lambda found: found[0]):
+        if not isinstance(error, LayoutError):
+            raise error
+        first.setdefault(at, error)
+    return [error for _, error in sorted(first.items())]
+
+
+def bytes_of_rows(step: Step, start: int, stop: int) -> int:
+    """Bytes of the source that rows of a step count for: of all its rows together, just those of the tensor."""
+    total, rows = step.before.nbytes(*matrix(step.shape)), max(1, matrix(step.shape)[0])
+    return total * stop // rows - total * start // rows
 
 
 @dataclass(slots=True)
@@ -79,14 +96,6 @@ class _Job:
     held: int
     do: Callable[[], None]
     after: threading.Event | None = None
-
-
-@dataclass(slots=True)
-class _State:
-    """A step in work."""
-
-    left: int  # slices
-    done: Done
 
 
 @dataclass(slots=True)
@@ -114,25 +123,23 @@ class _Work:
         self.workers = threads.count()
         self.room = max(1, min(ROOM, memory // (self.workers + 1)))
         self.memory = _Memory(memory)
-        self.jobs: deque[_Job] = deque()
-        self.states: dict[int, _State] = {}
+        self.groups = _groups(plan.steps)
         self.peaks: dict[int, _Peak] = {}  # of steps
-        self.lock = threading.Lock()
+        self.left: dict[int, int] = {}  # jobs that a step waits for
+        self.done: dict[int, Done] = {}
         self.lines: list[tuple[int, dict[str, object]]] = []  # to be noted
-        self.errors: list[tuple[int, BaseException]] = []
-        self.stop = threading.Event()
+        self.errors: list[tuple[int, BaseException, int]] = []  # with the job's turn and its step
+        self.failed: float = float("inf")  # the first turn of those; later ones are left out
         self.all_of_them = False  # go on after a refusal
-        self.refused: dict[int, LayoutError] = {}
+        self.lock, self.taking = threading.Lock(), threading.Lock()
+        self.turns: Iterator[tuple[int, _Job]] = iter(())
 
-    def run(self, which: Sequence[int]) -> dict[int, Done]:
-        groups = _groups(self.plan.steps)
-        for at in which:
-            self._plan_step(at, groups.get(at, (at,)))
+    def run(self, which: Iterable[int]) -> None:
+        self.turns = enumerate(itertools.chain.from_iterable(map(self._jobs, which)))
         crew = [threading.Thread(target=self._worker, name="packfmt-work", daemon=True) for _ in range(self.workers)]
-        crew = crew[: len(self.jobs)]
-        for one in crew:
-            one.start()
         try:
+            for one in crew:
+                one.start()
             last = time.monotonic()
             while alive := [one for one in crew if one.is_alive()]:
                 alive[0].join(0.1)
@@ -140,52 +147,49 @@ class _Work:
                     self._note()
                     last = time.monotonic()
         finally:
-            self.stop.set()
-            self.memory.close()
+            self.failed = min(self.failed, -1 if any(one.is_alive() for one in crew) else self.failed)
             for one in crew:
-                one.join()
-            if not self.errors or not isinstance(min(self.errors, key=lambda e: e[0])[1], LayoutError):
-                self._note()
-        if self.errors:
-            raise min(self.errors, key=lambda found: found[0])[1]
-        return {at: state.done for at, state in self.states.items()}
+                if one.ident:
+                    one.join()
+            self._note()
 
     # ---------------------------------------------------------------- jobs
 
-    def _plan_step(self, at: int, group: tuple[int, ...]) -> None:
-        """The jobs of a step, and before them those that find the peak it needs."""
+    def _jobs(self, at: int) -> Iterator[_Job]:
+        """What is left to do of a step: before its slices, what finds the peak that they need."""
         step = self.plan.steps[at]
-        done = self.journal.done.get(at, Done()) if self.journal else Done()
+        done = self.done[at] = self.journal.done.get(at, Done()) if self.journal else Done()
+        for start, stop in done.rows:
+            self._tell(step, start, stop)
         if done.sums is not None:
-            self.states[at] = _State(0, done)
             return
-        slices = [s for a, b in _missing(done.rows, matrix(step.shape)[0]) for s in cut(at, step, self.room, a, b)]
-        self.states[at] = _State(len(slices), done)
+        count, group = matrix(step.shape)[0], self.groups.get(at, (at,))
+        slices = [s for a, b in _missing(done.rows, count) for s in cut(at, step, self.room, a, b)]
+        partly = bool(done.rows) or not all(s.whole for s in slices)
         wants = bool(step.encoder) and step.encoder in codecs.get(step.layout.name).shared
-        if wants and at not in self.peaks and (len(group) > 1 or not all(s.whole for s in slices) or done.rows):
-            self._plan_peak(group)
-        if slices and not slices[0].whole:  # a reader of slices cannot see whether all of it is what was written
-            self.jobs.append(_Job(at, 0, lambda: self.model.check(step.name)))
+        if wants and at not in self.peaks and (len(group) > 1 or partly):
+            yield from self._peak_jobs(group)
+        self.left[at] = len(slices) + 1
+        # who reads slices cannot see whether all of it is what was written
+        yield _Job(at, CHUNK if partly else 0, partial(self._check, at, partly))
         after = self.peaks[at].known if at in self.peaks else None
         for part in slices:
-            self.jobs.append(_Job(at, part.held, partial(self._do, part), after))
-        if not slices:  # all rows were there
-            self.jobs.append(_Job(at, 0, lambda: self._end(at)))
+            yield _Job(at, part.held, partial(self._do, part), after)
 
-    def _plan_peak(self, group: tuple[int, ...]) -> None:
+    def _peak_jobs(self, group: tuple[int, ...]) -> Iterator[_Job]:
         parts = [s for at in group for s in cut(at, self.plan.steps[at], self.room)]
         peak = _Peak(len(parts))
         self.peaks |= dict.fromkeys(group, peak)
 
         def look(part: Slice) -> None:
-            largest = peak_of(read(self.model, self.plan.steps[part.at], part))
+            largest = peak_of(self._read(part))
             with self.lock:
                 peak.value, peak.left = max(peak.value, largest), peak.left - 1
             if not peak.left:
                 peak.known.set()
 
         for part in parts:
-            self.jobs.append(_Job(part.at, part.held, partial(look, part)))
+            yield _Job(part.at, part.held, partial(look, part))
 
     def _do(self, part: Slice) -> None:
         """Read, encode and write a slice."""
@@ -194,59 +198,80 @@ class _Work:
         costs = self.importance.get(step.name)
         if costs is not None and not part.whole and costs.ndim > 1:
             costs = costs.reshape(matrix(step.shape))[part.start : part.stop]
-        tensor = read(self.model, step, part)
+        tensor = self._read(part)
         try:
             result = apply(step, tensor, costs, peak)
             found = counted(step, tensor, result)
         except LayoutError as error:
             hint = "; --encoder NAME would round it" if step.action in ("repack", RESCALE) else ""
-            where = "" if part.whole else f"rows {part.start} to {part.stop - 1}: "
+            where = "" if part.whole else f"in rows {part.start} to {part.stop - 1}, the first of them counted as 0: "
             raise LayoutError(f"{step.name}: {where}{error}{hint}") from error
         del tensor
         if self.files:
             self.files.put(part.at, result, part.rows)
-        state = self.states[part.at]
+        del result
         with self.lock:
-            state.done.counted += found
-            state.left -= 1
+            self.done[part.at].counted += found
             self.lines.append((part.at, {"rows": (part.start, part.stop), "counted": found}))
-            if self.progress:
-                self.progress(step.name, part.nbytes)
-        if not state.left:
-            self._end(part.at)
+        self._tell(step, part.start, part.stop)
+        self._part_done(part.at)
 
-    def _end(self, at: int) -> None:
-        """A tensor is whole."""
+    def _check(self, at: int, partly: bool) -> None:
+        if partly:
+            with self._reading(at):
+                self.model.check(self.plan.steps[at].name)
+        self._part_done(at)
+
+    def _part_done(self, at: int) -> None:
+        """Of all that a step waits for, the last one ends it."""
+        with self.lock:
+            self.left[at] -= 1
+            if self.left[at]:
+                return
         sums = self.files.sums(at) if self.files else {}
         with self.lock:
-            self.states[at].done.sums = sums
+            self.done[at].sums = sums
             self.lines.append((at, {"sums": sums}))
+
+    def _read(self, part: Slice) -> PackedTensor:
+        with self._reading(part.at):
+            return read(self.model, self.plan.steps[part.at], part)
+
+    @contextmanager
+    def _reading(self, at: int) -> Iterator[None]:
+        """Errors of the system, as ours: they are not the output's."""
+        try:
+            yield
+        except OSError as error:
+            where = f"{self.model.path}: {self.plan.steps[at].name}"
+            raise MachineError(f"{where}: cannot be read: {error}; {GO_ON}") from error
+
+    def _tell(self, step: Step, start: int, stop: int) -> None:
+        if self.progress:
+            with self.lock:
+                self.progress(step.name, bytes_of_rows(step, start, stop))
 
     # ---------------------------------------------------------------- threads
 
     def _worker(self) -> None:
-        while not self.stop.is_set():
+        """Do the next job, as long as there is one before the first that failed."""
+        turn, job = -1, None
+        while True:
             try:
-                job = self.jobs.popleft()
-            except IndexError:
-                return
-            try:
-                while job.after and not job.after.wait(0.1) and not self.stop.is_set():
+                with self.taking:
+                    turn, job = next(self.turns, (turn, None))
+                if job is None or turn > self.failed:
+                    return
+                while job.after and not job.after.wait(0.1) and turn < self.failed:
                     pass
                 with self.memory.held(job.held), threads.limit(1 if job.held <= self.room else self.workers):
-                    if not self.stop.is_set():
+                    if turn < self.failed:
                         job.do()
-            except LayoutError as error:
-                with self.lock:
-                    if self.all_of_them:
-                        self.refused.setdefault(job.at, error)
-                        continue
-                    self.errors.append((job.at, error))
-                self.stop.set()
             except BaseException as error:
                 with self.lock:
-                    self.errors.append((job.at, error))
-                self.stop.set()
+                    self.errors.append((turn, error, job.at if job else -1))
+                    if not (self.all_of_them and isinstance(error, LayoutError)):
+                        self.failed = min(self.failed, turn)
 
     def _note(self) -> None:
         """Let the journal say what is in the output for good."""
@@ -262,14 +287,13 @@ class _Memory:
 
     def __init__(self, total: int) -> None:
         self._total = self._free = total
-        self._changed = threading.Condition()
-        self._closed = False
+        self._turn, self._changed = threading.Lock(), threading.Condition()
 
     @contextmanager
     def held(self, nbytes: int) -> Iterator[None]:
         nbytes = min(nbytes, self._total)
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._free >= nbytes)
+        with self._turn, self._changed:  # who wants much would wait for ever if those with less went first
+            self._changed.wait_for(lambda: self._free >= nbytes)
             self._free -= nbytes
         try:
             yield
@@ -277,12 +301,6 @@ class _Memory:
             with self._changed:
                 self._free += nbytes
                 self._changed.notify_all()
-
-    def close(self) -> None:
-        """Let those that wait go on, to see that there is nothing to do."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
 
 
 def _missing(rows: Iterable[tuple[int, int]], count: int) -> Iterator[tuple[int, int]]:

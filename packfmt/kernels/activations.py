@@ -14,24 +14,27 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import simd, threads
+from packfmt.kernels.cache import njit
 from packfmt.kernels.simd import (
     add,
     addf,
     and_,
+    clear,
     divf,
     ints_of,
     load_bytes64,
-    load_floats16,
+    load_some_floats16,
     look_up_64,
     same_float,
     same_int,
-    store,
+    store_some,
     sub,
     zero_ints,
 )
@@ -46,6 +49,7 @@ Bytes = npt.NDArray[np.int8]
 
 TOP = F32(127)
 MOST = np.int32(127)
+ALL_BITS, NO_BITS = np.int32(-1), np.int32(0)
 MAGNITUDE = np.int32(0x7FFFFFFF)  # a float32 without its sign; as whole numbers, these are in the same order
 INFINITE = np.int32(0x7F800000)  # infinity's magnitude; those above it are no numbers
 NOT_A_NUMBER = F32(np.nan)
@@ -290,7 +294,9 @@ def rooms(order: Order) -> Rooms:
     return _rooms.setdefault(key, Rooms(order))
 
 
-def _some_plainly(x, order, unit, q, sums, scale, start, stop):
+def _some_plainly(
+    x: Floats, order: Order, unit: np.float32, q: Bytes, sums: Ints, scale: Floats, start: int, stop: int
+) -> None:
     """`_some` in NumPy, to the same bits."""
     columns = np.arange(order.stored, dtype=I32)
     if order.way in (QUADS, ANY):
@@ -358,16 +364,6 @@ def _low_bytes(typing, v):
 
 
 @intrinsic
-def _bits(typing, number):
-    """A float32 as int32."""
-
-    def code(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.int32(types.float32), code
-
-
-@intrinsic
 def _number(typing, bits):
     """An int32 as float32."""
 
@@ -378,13 +374,17 @@ def _number(typing, bits):
 
 
 @intrinsic
-def _ratio(typing, x, y):
-    """x / y, which may be infinite or no number."""
+def _flat(typing, array):
+    """A C-contiguous array's numbers, in one row."""
+    gives = types.Array(array.dtype, 1, "C")
 
     def code(context, builder, signature, args):
-        return builder.fdiv(*args)
+        data = context.make_array(array)(context, builder, args[0])
+        row = context.make_array(gives)(context, builder)
+        populate_array(row, data.data, [data.nitems], [data.itemsize], data.itemsize, None)
+        return row._getvalue()
 
-    return types.float32(types.float32, types.float32), code
+    return gives(array), code
 
 
 @intrinsic
@@ -403,33 +403,6 @@ def _copy4(typing, target, at, source, place):
     return types.void(target, types.int64, source, types.int64), code
 
 
-@njit(cache=True, nogil=True)
-def _gather(numbers, columns, moved):
-    for j in range(moved.size):
-        column = columns[j]
-        moved[j] = numbers[column] if column >= 0 else F32(0)
-
-
-@njit(cache=True, nogil=True)
-def _last_few(x, at, end, largest):
-    """The bits of the largest magnitude of x[at:end], if above those given."""
-    for i in range(at, end):
-        largest = max(largest, np.int32(_bits(x[i]) & MAGNITUDE))
-    return largest
-
-
-@njit(cache=True, nogil=True)
-def _last_steps(x, at, end, a, out, to):
-    """x / a for x[at:end], rounded, to byte `to` of out and on; returns their sum."""
-    total = np.int32(0)
-    for i in range(at, end):
-        rounded = np.int32(_bits(_ratio(x[i], a) + ROUNDER) - ROUNDER_BITS)
-        q = max(min(rounded, MOST), -MOST)
-        total += q
-        out[to + i - at] = q
-    return np.int32(total)
-
-
 def _kernel(version: str) -> Callable[..., None]:
     """The loop over rows; in its closure the version is part of the key under which compiled code is kept."""
 
@@ -438,7 +411,7 @@ def _kernel(version: str) -> Callable[..., None]:
         """Rows start to stop of x. order, table, scratch : addresses, of `Order.table`, as of `fill`, and `_scratch`
 
         Below 2**22, a number is rounded by what its sum with ROUNDER leaves in the lowest bits. x / a is 191 at
-        most, where a is the smallest number above 0.
+        most, where a is the smallest number above 0; where a is 0 or NaN it may be anything, and is not kept.
         """
         version  # noqa: B018
         ends, places = array_at(order, ENDS, I32), array_at(order, PLACES, I32)
@@ -450,51 +423,42 @@ def _kernel(version: str) -> Callable[..., None]:
         top, bottom = same_int(MOST), same_int(-MOST)
         for row in range(start, stop):
             part, which = row // width, row % width
-            numbers, begin, cols = x.reshape(-1), row * x.shape[1], x.shape[1]
+            numbers, begin, cols = _flat(x), row * x.shape[1], x.shape[1]
             if way == ANY:
-                _gather(x[row], places, moved)
+                for j in range(moved.size):
+                    column = places[j]
+                    moved[j] = x[row, column] if column >= 0 else F32(0)
                 numbers, begin, cols = moved, 0, stored
             # in stored order, a row's bytes; and before that
             steps, first = (q, row * stored) if width == 1 else (line, 0)
             out, base = (mixed, 0) if mixes else (steps, first)
-            to = base - begin
-            at = begin
+            at, place = 0, part * ends.size * width + which
             for b in range(ends.size):
-                place = (part * ends.size + b) * width + which
-                end = begin + min(np.int64(ends[b]), cols)
-                wide = at + (end - at) // 16 * 16
+                end = ends[b] if ends[b] < cols else cols
                 found = zero_ints()
-                for j in range(at, wide, 16):
-                    found = _larger(found, and_(ints_of(load_floats16(numbers, 4 * j)), magnitude))
+                for j in range(at, end, 16):
+                    few = load_some_floats16(numbers, 4 * (begin + j), end - j)
+                    found = _larger(found, and_(ints_of(few), magnitude))
                 largest = _largest_lane(found)
-                if wide < end:
-                    largest = _last_few(numbers, wide, end, largest)
-                a = _ratio(_number(largest), TOP) if largest < INFINITE else NOT_A_NUMBER
-                scale[place] = a * unit
-                sums[place] = 0
-                if a > 0:
-                    each, total = same_float(a), zero_ints()
-                    for j in range(at, wide, 16):
-                        rounded = sub(ints_of(addf(divf(load_floats16(numbers, 4 * j), each), rounder)), bits)
-                        few = _larger(_smaller(rounded, top), bottom)
-                        total = add(total, few)
-                        store(out, to + j, _low_bytes(few))
-                    sums[place] = _sum_of_lanes(total)
-                    if wide < end:
-                        sums[place] += _last_steps(numbers, wide, end, a, out, to + wide)
-                else:
-                    out[to + at : to + end] = 0
-                at = max(at, end)
-            out[to + at : out.size if mixes else base + stored] = 0
+                a = _number(largest) / TOP if largest < INFINITE else NOT_A_NUMBER
+                each, total, kept = same_float(a), zero_ints(), same_int(ALL_BITS if a > 0 else NO_BITS)
+                for j in range(at, end, 16):
+                    few = load_some_floats16(numbers, 4 * (begin + j), end - j)
+                    rounded = sub(ints_of(addf(divf(few, each), rounder)), bits)
+                    rounded = and_(_larger(_smaller(rounded, top), bottom), kept)
+                    total = add(total, rounded)
+                    store_some(out, base + j, _low_bytes(rounded), end - j)
+                scale[place], sums[place] = a * unit, _sum_of_lanes(total)
+                place += width
+                at = end
+            clear(out, base + at, (out.size if mixes else stored) - at)
             if way == QUADS:
                 for j in range(places.size):
                     _copy4(steps, first + 4 * j, mixed, np.int64(places[j]))
             elif way == WINDOWS:
-                for j in range(stored // 64):
-                    neighbours = load_bytes64(mixed, places[j])
-                    store(steps, first + 64 * j, look_up_64(neighbours, load_bytes64(within, 64 * j)))
-                for j in range(stored // 64 * 64, stored):
-                    steps[first + j] = mixed[places[j // 64] + within[j]]
+                for j in range(0, stored, 64):
+                    neighbours = load_bytes64(mixed, places[j // 64])
+                    store_some(steps, first + j, look_up_64(neighbours, load_bytes64(within, j)), stored - j)
             if width > 1:
                 for j in range(stored // 4):
                     _copy4(q, 4 * ((part * (stored // 4) + j) * width + which), line, 4 * j)

@@ -31,11 +31,12 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from packfmt.kernels import simd
+from packfmt.kernels.cache import njit
 
 NEEDED = {"amx-tile", "amx-int8", "avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2", "avx512vnni"}
 ROWS = 16  # of a tile

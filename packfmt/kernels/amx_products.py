@@ -26,11 +26,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, types
+from numba import types
 
 from packfmt.kernels import amx, pages, simd, threads
 from packfmt.kernels import tile_products as tile
 from packfmt.kernels.amx import ROW_BYTES, ROWS, instruct, place
+from packfmt.kernels.cache import njit
 from packfmt.kernels.tile_code import INDEX, Kernel, Typed, Writer, known, part
 from packfmt.kernels.tile_products import Activations, Tiles, Tiling
 

@@ -1,42 +1,52 @@
 """Bytes of any blocks to weights, in one pass.
 
-A row of records becomes codes, then numbers, or straight numbers where the codes' order is simple. Of codes with few
-bits all numbers are computed once a group, and looked up. Where the codes lie, the loops know from tables, not from a
-format's name.
+A row of records becomes codes, and codes become numbers, sixteen at a time: looked up, if they have few bits, or
+computed. What leaves the loop is float32 or bfloat16, and may go past the cache. Where the codes lie, the loops know
+from tables, not from a format's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from packfmt.kernels import pages, simd, simd_code
+from packfmt.kernels import simd, simd_code
+from packfmt.kernels.cache import njit
 from packfmt.kernels.simd import (
     add,
+    addf,
     and_,
+    as_floats,
+    bfloat_to_float,
+    divf,
+    half_to_float,
     ints_of,
     load_bytes16,
     load_floats16,
+    load_shorts16,
     look_up_words,
     mulf,
     or_,
     same_float,
     same_int,
     select_less,
+    shift_left,
     shift_right,
+    subf,
+    to_float,
     widen,
+    widen_shorts,
+    xor,
 )
 from packfmt.kernels.vectors import (
     F32,
     INTERPRETED,
     ONE_EXPONENT,
-    THROUGH,
     Arithmetic,
     _eight_bytes,
     _floats_plainly,
@@ -44,8 +54,6 @@ from packfmt.kernels.vectors import (
     _sixteen_bytes,
     _sixteen_digits,
     _sixteen_fields,
-    _sixteen_floats,
-    _sixteen_floats_through,
     _spread_1,
     _spread_2,
     _spread_3,
@@ -53,7 +61,7 @@ from packfmt.kernels.vectors import (
     _spread_5,
     _spread_6,
     _spread_7,
-    _store_past_the_cache,
+    _spread_fives,
     _Vectors,
     _wait_for_stores,
 )
@@ -62,10 +70,14 @@ MAGNITUDE = np.uint32(0x7FFFFFFF)  # a float32 without its sign
 INFINITE = np.uint32(0x7F800000)  # above which magnitudes are no numbers
 QUIET = np.uint32(1 << 22)  # which keeps a NaN one where its lower half goes
 HALF_BELOW = np.uint32(0x7FFF)  # just less than half of what bfloat16 rounds to
-MOST_ZERO = F32(1 << 16)  # to which 128 is added exactly
+NEGATIVE = np.int32(-(1 << 31))  # the sign of a float32
 FEW = 64  # codes of a run
-TABLE = 16  # numbers that one look-up finds
+TABLE = 16  # numbers that one register holds
 LONG = 256  # codes of a cell, whose runs are faster without a table
+LINE = 16  # bytes of which a place is a multiple, to be written past the cache
+FIVES = 80  # bits of sixteen codes, as `_spread_fives` reads them
+
+LOOKED_UP, WHOLE, COMPUTED, PLAIN = range(4)  # how codes become numbers
 
 
 class Places(NamedTuple):
@@ -76,7 +88,8 @@ class Places(NamedTuple):
     runs : (n, 7) int64: byte, count, shift, mask, code, step, low. Byte `byte + i` holds, from bit
         `shift` up, bits `low` and above of code `code + step * i`.
     streams : (n, 5) int64: byte, count, bits, code, low. From the first bit of `byte` on, fields of `bits` bits
-        hold bits `low` and above of `count` codes, one after the other; 1 to 7 bits.
+        hold bits `low` and above of `count` codes, one after the other; 1 to 7 bits. With FIVES bits, all but the
+        last of every sixteen codes of 5 bits, three to each two bytes.
     digits : (n, 4) int64: byte, count, digits, code. Base-3 bytes; digit i of byte `byte + m` is the
         code `code + m + count * i`.
     powers : (5,) uint8: what brings digit i of a byte to its top
@@ -91,6 +104,42 @@ class Places(NamedTuple):
 
 
 MOST_SPECIAL = 8  # codes of a sign that are infinite or no number
+
+
+class Numbers(NamedTuple):
+    """What codes are before scales multiply them.
+
+    kind : LOOKED_UP, for 32 codes at most; WHOLE, (float32(code ^ half) - middle) * unit; COMPUTED, by `how`; PLAIN,
+        which is looked up one by one
+    values : (tables, codes) float32. Kinds but LOOKED_UP have one table
+    """
+
+    kind: int
+    values: np.ndarray
+    how: Arithmetic
+    half: np.int32
+    middle: np.float32
+    unit: np.float32
+
+
+def numbers_of(values: np.ndarray) -> Numbers:
+    """How to get at these numbers fastest, bit for bit. values (codes,) or (tables, codes) float32, for all codes"""
+    tables = np.ascontiguousarray(np.atleast_2d(values), F32)
+    first, zero = tables[0], F32(0)
+    none = np.uint32(0)
+    how = Arithmetic(none, none, none, none, zero, zero, np.uint8(255))
+    if len(first) <= 2 * TABLE and not np.isnan(tables).any():
+        return Numbers(LOOKED_UP, tables, how, np.int32(0), zero, F32(1))
+    for half in (0, len(first) // 2):
+        codes = (np.arange(len(first)) ^ half).astype(F32)
+        unit = np.abs(first[1 ^ half] - first[half])
+        with np.errstate(all="ignore"):
+            middle = -first[half] / unit
+            found = (codes - middle) * unit
+        if found.tobytes() == first.tobytes():
+            return Numbers(WHOLE, tables, how, np.int32(half), F32(middle), F32(unit))
+    found_how = arithmetic(first)
+    return Numbers(COMPUTED if found_how else PLAIN, tables, found_how or how, np.int32(0), zero, F32(1))
 
 
 def arithmetic(values: np.ndarray) -> Arithmetic | None:
@@ -118,106 +167,113 @@ def arithmetic(values: np.ndarray) -> Arithmetic | None:
     return None
 
 
-def affine(
+def weights(
     records: np.ndarray,
     places: Places,
     scale: np.ndarray,
     out: np.ndarray,
-    zero: float,
-    dtype: str,
+    numbers: Numbers,
+    way: str = "times",
+    planes: int = 1,
+    which: np.ndarray | None = None,
     through: bool = False,
-) -> None:
-    """w = (code - zero) * scale, in float32, each operation rounding on its own. On one thread.
+) -> bool:
+    """w = number(code) * scale, in float32, each operation rounding on its own. On one thread.
 
+    Parameters
+    ----------
     records : (rows, bytes) uint8
-    scale : (rows or 1, groups) float32
-    out : (rows, cols) float32, written; or uint16, the bits of bfloat16, where `fits_table`
-    dtype : of the codes, "u1" or "i1"
-    through : whether to write past the cache, where `fits_table` and `fits_through`
+    scale : (rows or 1, groups * planes) float32, the planes of a group one after the other
+    out : (rows, cols) float32, written; or uint16, the bits of bfloat16, where it `finishes`
+    way : "times"; "divides", by the scale; "digits": every code stands for a number of each table, and w is the sum
+        of their products; "which": the table `which` (rows or 1, groups) uint8 counts
+    planes : codes of a group lie one plane after the other, and w is the sum of their products, planes in order
+    through : whether to write past the cache, where it `finishes`
+
+    Returns whether that is well defined: not if neither a code nor its scale is a number, for which of the two
+    survives is the processor's choice.
     """
-    with np.errstate(all="ignore"):
-        group = out.shape[1] // scale.shape[1]
-        straight = dtype == "u1" and _straight(places, group)
-        long = straight and places.codes >= LONG and out.dtype == F32 and not through
-        if dtype == "u1" and not long and fits_table(places, group):
-            _by_table(records, places, np.arange(TABLE, dtype=F32) - F32(zero), scale, out, through)
-        elif straight:
-            _affine_straight(records, places, F32(zero), scale, out)
-        else:
-            codes = np.empty(out.shape[1], np.uint8)
-            half = np.uint8(128 if dtype == "i1" else 0)
-            _affine(records, places, codes, codes.view(dtype), half, F32(zero), scale, out)
+    cols, each = out.shape[1], 1 if way == "digits" else planes
+    group = cols * planes // scale.shape[1]
+    which = np.zeros((1, 1), np.uint8) if which is None else which
+    if planes > 1 and np.isnan(scale).any():
+        return False
+    codes = np.empty(cols * each, np.uint8)
+    if not finishes(numbers, way, planes, cols, group):
+        return bool(_plainly(records, places, codes, numbers.values, which, way, planes, scale, out))
+    narrow, through = out.dtype == np.uint16, through and _fits_through(out)
+    if _straightly(places, numbers, way, planes, group) and not narrow and not through:
+        _affine_straight(records, places, -numbers.values[0, 0], scale, out)
+    elif _once_a_group(numbers, way, planes, group):
+        values = np.zeros((len(numbers.values), TABLE), F32)
+        values[:, : numbers.values.shape[1]] = numbers.values[:, :TABLE]
+        loop = _looking_up(way, narrow, through, simd.VERSION)
+        loop(records, places, values, which, planes, scale, out, codes)
+    else:
+        table = np.resize(numbers.values[0], 2 * TABLE) if numbers.kind == LOOKED_UP else numbers.values[0]
+        wide = np.empty(cols if group % 16 else 0, F32)
+        loop = _computing(numbers.kind, planes, narrow, through, simd.VERSION)
+        return bool(loop(records, places, numbers._replace(values=table), scale, out, codes, wide))
+    return True
 
 
-def levels(
+def finishes(numbers: Numbers, way: str, planes: int, cols: int, group: int) -> bool:
+    """Whether `weights` can write bfloat16, or past the cache. group : columns that share a scale"""
+    if INTERPRETED or numbers.kind == PLAIN:
+        return False
+    return _once_a_group(numbers, way, planes, group) or (way == "times" and (planes == 1 or group % 16 == 0))
+
+
+def _fits_through(out: np.ndarray) -> bool:
+    """Whether whole vectors of all rows can be written past the cache; NumPy's arrays lie so."""
+    return out.ctypes.data % LINE == 0 and out.shape[-1] * out.itemsize % LINE == 0
+
+
+def _once_a_group(numbers: Numbers, way: str, planes: int, group: int) -> bool:
+    """Whether all numbers are multiplied once a group, and looked up then."""
+    few = numbers.kind == LOOKED_UP and numbers.values.shape[1] <= TABLE
+    return few and group % 16 == 0 and (way != "times" or planes == 1)
+
+
+def _straightly(places: Places, numbers: Numbers, way: str, planes: int, group: int) -> bool:
+    """Whether numbers can be written without keeping codes: trits in long runs, and cells within a group."""
+    steps = numbers.values[0]
+    trits = len(steps) <= 4 and numbers.kind == LOOKED_UP and np.array_equal(np.diff(steps), np.ones(len(steps) - 1))
+    plain = not len(places.streams) and (places.runs[:, 5] == 1).all() and not places.runs[:, 6].any()
+    long = places.codes >= LONG and group % places.codes == 0
+    return bool(trits and plain and long and way == "times" and planes == 1)
+
+
+def quads(
     records: np.ndarray,
     places: Places,
     scale: np.ndarray,
     out: np.ndarray,
     values: np.ndarray,
-    how: Arithmetic | None,
-    unit: np.float32,
+    stride: int,
     through: bool = False,
-) -> bool:
-    """w = values[code] * scale: one float32 product. values (codes,) float32, others as in `affine`.
-
-    how : what computes the values, as `arithmetic` says
-    unit : what codes in two's complement count, as `unit_of` says; else 0
-    through : whether to write past the cache, if `fits_through`
-
-    Returns whether that is well defined: not if neither a code nor its scale is a number, for which of the two
-    survives is the processor's choice.
-    """
-    codes = np.empty(out.shape[1], np.uint8)
-    with np.errstate(all="ignore"):
-        if fits_table(places, out.shape[1] // scale.shape[1]) and not np.isnan(values).any():
-            _by_table(records, places, np.resize(values, TABLE), scale, out, through)
-            return True
-        if unit:
-            folded = scale * unit
-            if np.array_equal(folded / unit, scale, equal_nan=True):  # a product with it rounds as that with values
-                half = np.uint8(len(values) // 2)
-                _affine(records, places, codes, codes.view(np.int8), half, F32(0), folded, out)
-                return True
-        if how is not None:
-            return bool(_computed(records, places, codes, how, values, scale, out, through))
-        _levels(records, places, codes, values, scale, out)
-        return True
-
-
-def unit_of(values: np.ndarray) -> np.float32:
-    """The power of two that codes in two's complement count; 0 if these are other numbers."""
-    half, unit = len(values) // 2, values[1]
-    steps = (np.arange(len(values)) ^ half) - half
-    two = len(values) == 2 * half and np.frexp(unit)[0] == 0.5
-    return unit if two and (steps.astype(F32) * unit).tobytes() == values.tobytes() else F32(0)
-
-
-def fits_through(out: np.ndarray, group: int) -> bool:
-    """Whether `levels` can write past the cache: it does so in whole vectors. group : columns that share a scale"""
-    return group % 16 == 0 and out.ctypes.data % THROUGH == 0
-
-
-def quads(
-    records: np.ndarray, places: Places, scale: np.ndarray, out: np.ndarray, values: np.ndarray, stride: int
 ) -> None:
-    """w = values[code][lane] * scale: one float32 product. values (codes, 4) float32, others as in `affine`.
+    """w = values[code][lane] * scale: one float32 product. values (codes, 4) float32, others as in `weights`.
 
     Lane p of quad g is column g % stride + p * stride of the chunk g // stride of 4 * stride columns; a
     group holds whole chunks.
     """
     codes = np.empty(out.shape[1] // 4, np.uint8)
     lanes = np.ascontiguousarray(values.T)
-    with np.errstate(all="ignore"):
-        if not INTERPRETED and (stride == 1 or stride % 16 == 0) and out.shape[1] // scale.shape[1] % 64 == 0:
-            tables = np.zeros((4, 2 * TABLE), F32)
-            tables[:, : len(values)] = lanes[:, : 2 * TABLE]
-            if _most(places.runs, places.streams) < 2 * TABLE:
-                return _looking_up_quads(stride == 1, simd.VERSION)(records, places, codes, tables, stride, scale, out)
-        if stride == 1:
-            _quads(records, places, codes, values, scale, out)
-        else:
-            _strided_quads(records, places, codes, lanes, stride, scale, out)
+    if finishes_quads(len(values), stride, out.shape[1] // scale.shape[1]):
+        tables = np.zeros((4, 2 * TABLE), F32)
+        tables[:, : len(values)] = lanes
+        loop = _looking_up_quads(stride == 1, out.dtype == np.uint16, through and _fits_through(out), simd.VERSION)
+        loop(records, places, tables, stride, scale, out, codes)
+    elif stride == 1:
+        _quads(records, places, codes, values, scale, out)
+    else:
+        _strided_quads(records, places, codes, lanes, stride, scale, out)
+
+
+def finishes_quads(count: int, stride: int, group: int) -> bool:
+    """Whether `quads` can write bfloat16, or past the cache. count : of codes; group : columns that share a scale"""
+    return not INTERPRETED and count <= 2 * TABLE and (stride == 1 or stride % 16 == 0) and group % 64 == 0
 
 
 def look_up(stored: np.ndarray, size: int, offset: int, count: int, values: np.ndarray) -> np.ndarray:
@@ -233,73 +289,128 @@ def look_up(stored: np.ndarray, size: int, offset: int, count: int, values: np.n
     return out
 
 
-def write_through(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy C-contiguous float32 to memory without reading there first, or keeping it in the cache. On one thread."""
-    _write_through(source.reshape(-1), target.reshape(-1))
+def convert(source: np.ndarray, target: np.ndarray, through: bool = False) -> None:
+    """Plain numbers to float32, and on to bfloat16, half to even; NaN stays NaN. On one thread.
 
-
-def round_to_bfloat(source: np.ndarray, target: np.ndarray, through: bool = False) -> None:
-    """Float32 to the nearest bfloat16, half to even; NaN stays NaN. On one thread.
-
-    source : C-contiguous float32
-    target : C-contiguous uint16 of the same shape, the bits of bfloat16, written
+    source : (n,) float32, float16, or uint16, the bits of bfloat16
+    target : (n,) float32, or uint16, the bits of bfloat16, written
     through : whether past the cache, without reading there first
     """
-    if INTERPRETED:
-        bits = source.view(np.uint32)
-        rounded = bits + HALF_BELOW + (bits >> np.uint32(16) & np.uint32(1))
-        nearest = np.where(bits & MAGNITUDE > INFINITE, bits | QUIET, rounded)
-        target[...] = nearest >> np.uint32(16)
-    else:
-        (_round_through if through else _round)(source.reshape(-1), target.reshape(-1))
+    end = 0
+    if not INTERPRETED:
+        end = len(source) // 16 * 16
+        narrow, through = target.dtype == np.uint16, through and target.ctypes.data % LINE == 0
+        _converting(source.dtype.str, narrow, through, simd.VERSION)(source[:end].view(np.uint8), target[:end])
+    last = source[end:]
+    wide = (last.astype(np.uint32) << np.uint32(16)).view(F32) if last.dtype == np.uint16 else last.astype(F32)
+    target[end:] = wide if target.dtype == F32 else _rounded(wide)
 
 
-def fits_table(places: Places, group: int) -> bool:
-    """Whether `affine` and `levels` look numbers up, and can write bfloat16 themselves, too.
+def _rounded(numbers: np.ndarray) -> np.ndarray:
+    """Float32 -> the bits of the nearest bfloat16."""
+    bits = numbers.view(np.uint32)
+    rounded = bits + HALF_BELOW + (bits >> np.uint32(16) & np.uint32(1))
+    return (np.where(bits & MAGNITUDE > INFINITE, bits | QUIET, rounded) >> np.uint32(16)).astype(np.uint16)
 
-    So it is if codes have four bits at most, and columns that share a scale are a multiple of 32.
+
+def take(source: np.ndarray, order: np.ndarray, target: np.ndarray) -> None:
+    """Column j of the target is the source's column order[j]. On one thread.
+
+    source, target : (rows, cols) float32, apart
+    order : (cols,) int64, each below cols
     """
-    return not simd.INTERPRETED and group % 32 == 0 and bool(_most(places.runs, places.streams) < TABLE)
+    _take(source, order, target)
+
+
+def doubled(scale: np.ndarray, eights: np.ndarray, fours: np.ndarray) -> np.ndarray:
+    """A scale for every four columns: that of their group, times 2 where their eight is doubled, and where they are.
+
+    scale : (rows, groups) float32; eights (rows, cols / 8) and fours (rows, cols / 4) uint8, 0 or 1
+    """
+    out = np.empty(fours.shape, F32)
+    with np.errstate(all="ignore"):
+        _doubled(scale, eights, fours, out)
+    return out
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _half(stored):
+    """float16 -> float32; a NaN keeps its bits, as NumPy has it, where processors make it a quiet one."""
+    code = widen_shorts(stored)
+    magnitude, sign = and_(code, same_int(np.int32(0x7FFF))), and_(code, same_int(np.int32(0x8000)))
+    none = or_(shift_left(magnitude, np.int32(13)), same_int(np.int32(INFINITE)))
+    none = or_(none, shift_left(sign, np.int32(16)))
+    return as_floats(select_less(same_int(np.int32(0x7C00)), magnitude, none, ints_of(half_to_float(stored))))
 
 
 @njit(cache=True, nogil=True)
-def _most(runs, streams):
-    """The largest code that there can be."""
-    most = 2  # a digit
-    for r in range(runs.shape[0]):
-        most = max(most, runs[r, 3] << runs[r, 6])
-    for s in range(streams.shape[0]):
-        most = max(most, (1 << streams[s, 2] + streams[s, 4]) - 1)
-    return most
+def _take(source, order, target):
+    for row in range(source.shape[0]):
+        mine, out = source[row], target[row]
+        for j in range(order.size):
+            out[j] = mine[order[j]]
 
 
-def _by_table(records, places, values, scale, out, through):
-    """w = values[code] * scale, for sixteen values; out as in `levels`."""
-    codes, row = np.empty(out.shape[1], np.uint8), pages.empty(out[:1].nbytes)
-    rooms = codes, row.view(out.dtype), row, out.view(np.uint8)
-    _looking_up(out.dtype == np.uint16, through, simd.VERSION)(records, places, values, scale, out, *rooms)
+@njit(cache=True, nogil=True)
+def _doubled(scale, eights, fours, out):
+    for row in range(out.shape[0]):
+        each = out.shape[1] // scale.shape[1]
+        for g in range(scale.shape[1]):
+            factor, mine = scale[row, g], out[row, g * each : (g + 1) * each]
+            eight, four = eights[row, g * each // 2 : (g + 1) * each // 2], fours[row, g * each : (g + 1) * each]
+            for i in range(eight.size):
+                once = factor * F32(1 << eight[i])
+                mine[2 * i] = once * F32(1 << four[2 * i])
+                mine[2 * i + 1] = once * F32(1 << four[2 * i + 1])
 
 
 @cache
-def _looking_up(narrow: bool, through: bool, version: str) -> Any:
-    """The loop of `_by_table`. version : part of the key under which compiled code is kept"""
+def _converting(kind: str, narrow: bool, through: bool, version: str) -> Any:
+    """The loop of `convert`. version : part of the key under which compiled code is kept"""
+    size, half = np.dtype(kind).itemsize, kind == "<f2"
 
     @njit(cache=True, nogil=True)
-    def _look_up_few(records, places, values, scale, out, codes, numbers, as_bytes, target):
-        """All sixteen numbers are multiplied, and rounded, once a group. Past the cache a row goes when it is done."""
-        group, sixteen, _ = out.shape[1] // scale.shape[1], load_floats16(values, 0), version
+    def _convert(source, target):
+        _ = version
+        for j in range(0, target.size, 16):
+            if size == 4:
+                found = load_floats16(source, 4 * j)
+            elif half:
+                found = _half(load_shorts16(source, 2 * j))
+            else:
+                found = bfloat_to_float(load_shorts16(source, 2 * j))
+            _write(target, j, _to_bfloat(ints_of(found)) if narrow else ints_of(found), through)
+        if through:
+            _wait_for_stores()
+
+    return _convert
+
+
+@cache
+def _looking_up(way: str, narrow: bool, through: bool, version: str) -> Any:
+    """The loop of `weights` for sixteen values. version : part of the key under which compiled code is kept"""
+    divides, digits, chosen = way == "divides", way == "digits", way == "which"
+
+    @njit(cache=True, nogil=True)
+    def _look_up_few(records, places, values, which, planes, scale, out, codes):
+        """All sixteen numbers are multiplied, and rounded, once a group."""
+        group, first_table, _ = out.shape[1] * planes // scale.shape[1], load_floats16(values, 0), version
         for row in range(records.shape[0]):
             _read(records[row], places, codes)
-            factors, weights, first = scale[row % scale.shape[0]], numbers if through else out[row], 0
-            for g in range(factors.size):
-                table = ints_of(mulf(sixteen, same_float(factors[g])))
-                if narrow:
-                    table = _to_bfloat(table)
+            factors, weights, first = scale[row % scale.shape[0]], out[row], 0
+            tables = which[row % which.shape[0]]
+            for g in range(0, factors.size, planes):
+                factor, table = same_float(factors[g]), first_table
+                if chosen:
+                    table = load_floats16(values, 64 * np.int64(tables[g]))
+                product = divf(table, factor) if divides else mulf(table, factor)
+                if digits:
+                    for p in range(1, planes):
+                        product = addf(product, mulf(load_floats16(values, 64 * p), same_float(factors[g + p])))
+                bits = _to_bfloat(ints_of(product)) if narrow else ints_of(product)
                 for j in range(first, first + group, 16):
-                    _write(weights, j, look_up_words(table, table, widen(load_bytes16(codes, j))))
+                    _write(weights, j, look_up_words(bits, bits, widen(load_bytes16(codes, j))), through)
                 first += group
-            if through:
-                _copy_past_the_cache(target[row], as_bytes)
         if through:
             _wait_for_stores()
 
@@ -307,11 +418,95 @@ def _looking_up(narrow: bool, through: bool, version: str) -> Any:
 
 
 @cache
-def _looking_up_quads(side_by_side: bool, version: str) -> Any:
+def _computing(kind: int, planes: int, narrow: bool, through: bool, version: str) -> Any:
+    """The loop of `weights` for other values. version : part of the key under which compiled code is kept"""
+
+    @njit(cache=True, nogil=True)
+    def _compute(records, places, numbers, scale, out, codes, wide):
+        """Sixteen at a time; rows with codes that are infinite or no number go one by one.
+
+        wide : (cols,), to which scales are spread if a group is no whole number of vectors
+
+        Returns whether all scales of such rows are numbers.
+        """
+        cols, group, good = out.shape[1], out.shape[1] * planes // scale.shape[1], True
+        whole, how, values, _ = cols // 16 * 16, numbers.how, numbers.values, version
+        for row in range(records.shape[0]):
+            _read(records[row], places, codes)
+            factors, weights = scale[row % scale.shape[0]], out[row]
+            rest = whole
+            if kind == COMPUTED and how.top <= how.magnitude and _reaches(codes, np.uint8(how.magnitude), how.top):
+                rest = 0
+                for g in range(factors.size):
+                    good = good and factors[g] == factors[g]
+            elif wide.size:
+                _spread_factors(factors, group, wide)
+                for j in range(0, whole, 16):
+                    product = ints_of(mulf(_number(kind, numbers, codes, j), load_floats16(wide, 4 * j)))
+                    _write(weights, j, _to_bfloat(product) if narrow else product, through)
+            else:
+                first, code = 0, 0
+                for g in range(0, factors.size, planes):
+                    for j in range(0, group, 16):
+                        total = mulf(_number(kind, numbers, codes, code + j), same_float(factors[g]))
+                        for p in range(1, planes):
+                            number = _number(kind, numbers, codes, code + p * group + j)
+                            total = addf(total, mulf(number, same_float(factors[g + p])))
+                        bits = _to_bfloat(ints_of(total)) if narrow else ints_of(total)
+                        _write(weights, first + j, bits, through)
+                    first += group
+                    code += planes * group
+            for j in range(rest, cols):
+                weight = F32(values[codes[j]] * factors[j // group])
+                weights[j] = _bfloat(weight) if narrow else weight
+        if through:
+            _wait_for_stores()
+        return good
+
+    return _compute
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _number(kind, numbers, codes, at):
+    """The numbers of sixteen codes. Inlined, for what looks up depends on the machine, and callers know that."""
+    code = widen(load_bytes16(codes, at))
+    if kind == LOOKED_UP:
+        low, high = ints_of(load_floats16(numbers.values, 0)), ints_of(load_floats16(numbers.values, 64))
+        found = as_floats(look_up_words(low, high, code))
+    elif kind == WHOLE:
+        step = subf(to_float(xor(code, same_int(numbers.half))), same_float(numbers.middle))
+        found = mulf(step, same_float(numbers.unit))
+    else:
+        how = numbers.how
+        bits = shift_left(and_(code, same_int(np.int32(how.magnitude))), np.int32(how.shift))
+        normal, one = add(bits, same_int(np.int32(how.base))), same_int(np.int32(ONE_EXPONENT))
+        few = subf(as_floats(add(normal, one)), same_float(how.unit))
+        size = select_less(bits, one, ints_of(few), normal)
+        signed = or_(size, and_(shift_left(code, np.int32(how.sign)), same_int(NEGATIVE)))
+        found = addf(as_floats(signed), same_float(how.zero))
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _spread_factors(factors, group, wide):
+    """Each scale once for every column that shares it."""
+    if group == 1:
+        wide[:] = factors
+    elif group == 4:
+        for g in range(factors.size):
+            for j in range(4):
+                wide[4 * g + j] = factors[g]
+    else:
+        for g in range(factors.size):
+            wide[g * group : (g + 1) * group] = factors[g]
+
+
+@cache
+def _looking_up_quads(side_by_side: bool, narrow: bool, through: bool, version: str) -> Any:
     """The loop of `quads` for 32 codes. version : part of the key under which compiled code is kept"""
 
     @njit(cache=True, nogil=True)
-    def _look_up_quads(records, places, codes, tables, stride, scale, out):
+    def _look_up_quads(records, places, tables, stride, scale, out, codes):
         """Sixteen quads at a time. tables : (4 lanes, 32 codes); a group's are multiplied once."""
         quads_of_group, _ = out.shape[1] // scale.shape[1] // 4, version
         for row in range(records.shape[0]):
@@ -319,102 +514,87 @@ def _looking_up_quads(side_by_side: bool, version: str) -> Any:
             factors, weights, first = scale[row % scale.shape[0]], out[row], 0
             for g in range(factors.size):
                 factor = same_float(factors[g])
-                a, b = _times_table(tables, 0, factor), _times_table(tables, 128, factor)
-                c, d = _times_table(tables, 256, factor), _times_table(tables, 384, factor)
+                a, b = _times_table(tables, 0, factor, narrow), _times_table(tables, 128, factor, narrow)
+                c, d = _times_table(tables, 256, factor, narrow), _times_table(tables, 384, factor, narrow)
                 for quad in range(first, first + quads_of_group, 16):
                     code = widen(load_bytes16(codes, quad))
                     w, x = look_up_words(a[0], a[1], code), look_up_words(b[0], b[1], code)
                     y, z = look_up_words(c[0], c[1], code), look_up_words(d[0], d[1], code)
                     if side_by_side:
-                        _write_side_by_side(weights, 4 * quad, w, x, y, z)
+                        _write_side_by_side(weights, 4 * quad, w, x, y, z, through)
                     else:
                         at = 4 * quad - 3 * (quad % stride)
-                        _write(weights, at, w)
-                        _write(weights, at + stride, x)
-                        _write(weights, at + 2 * stride, y)
-                        _write(weights, at + 3 * stride, z)
+                        _write(weights, at, w, through)
+                        _write(weights, at + stride, x, through)
+                        _write(weights, at + 2 * stride, y, through)
+                        _write(weights, at + 3 * stride, z, through)
                 first += quads_of_group
+        if through:
+            _wait_for_stores()
 
     return _look_up_quads
 
 
 @njit(cache=True, nogil=True)
-def _times_table(tables, at, factor):
+def _times_table(tables, at, factor, narrow):
     """The bits of 32 numbers times a factor, from byte `at` on."""
-    return ints_of(mulf(load_floats16(tables, at), factor)), ints_of(mulf(load_floats16(tables, at + 64), factor))
+    low = ints_of(mulf(load_floats16(tables, at), factor))
+    high = ints_of(mulf(load_floats16(tables, at + 64), factor))
+    return (_to_bfloat(low), _to_bfloat(high)) if narrow else (low, high)
+
+
+def _store(context: Any, builder: Any, out: types.Array, array: Any, at: Any, found: Any, through: Any) -> None:
+    """Numbers by their bits to the items of an array from `at` on; of uint16 the lower halves.
+
+    through : whether past the cache, where the place is a multiple of LINE: that does not read what it overwrites
+    """
+    bits, lanes = out.dtype.bitwidth, found.type.count
+    few = found if found.type.element.width == bits else builder.trunc(found, ir.VectorType(ir.IntType(bits), lanes))
+    v = _Vectors(lanes, context, builder)
+    place = builder.bitcast(v.place(out, array, at, bits), few.type.as_pointer())
+    with builder.if_else(through) as (past, plain):
+        with past:
+            done = builder.store(few, place)
+            done.align = LINE
+            done.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        with plain:
+            builder.store(few, place).align = bits // 8
 
 
 @intrinsic
-def _write_side_by_side(typing, out, at, a, b, c, d):
-    """Lanes 0 of four vectors, lanes 1 ..., to the float32 from `at` on."""
+def _write(typing, out, at, found, through):
+    """Sixteen numbers, by `_store`."""
 
     def code(context, builder, signature, args):
-        v = _Vectors(64, context, builder)
+        _store(context, builder, out, *args)
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, found, types.boolean), code
+
+
+@intrinsic
+def _write_side_by_side(typing, out, at, a, b, c, d, through):
+    """Lanes 0 of four vectors, lanes 1 ..., by `_store`."""
+
+    def code(context, builder, signature, args):
         halves = [builder.shuffle_vector(x, y, simd_code.order(range(32))) for x, y in (args[2:4], args[4:6])]
+        if out.dtype.bitwidth == 16:
+            halves = [builder.trunc(half, ir.VectorType(ir.IntType(16), 32)) for half in halves]
         order = simd_code.order([lane + 16 * which for lane in range(16) for which in range(4)])
-        found = builder.bitcast(builder.shuffle_vector(*halves, order), v.of(32))
-        builder.store(found, v.place(out, args[0], args[1], 32)).align = 4
+        _store(context, builder, out, *args[:2], builder.shuffle_vector(*halves, order), args[6])
         return context.get_dummy_value()
 
-    return types.void(out, types.int64, a, b, c, d), code
-
-
-@njit(cache=True, nogil=True)
-def _copy_past_the_cache(target, source):
-    """Bytes: whole lines of 64 without reading what they overwrite, and what is before and behind."""
-    before = min(-target.ctypes.data % 64, target.size)
-    end = target.size - (target.size - before) % 64
-    for i in range(before):
-        target[i] = source[i]
-    for i in range(before, end, 64):
-        _line_past_the_cache(target, source, i)
-    for i in range(end, target.size):
-        target[i] = source[i]
-
-
-@intrinsic
-def _line_past_the_cache(typing, target, source, at):
-    def code(context, builder, signature, args):
-        v = _Vectors(64, context, builder)
-        found = builder.load(v.place(source, args[1], args[2], 8))
-        found.align = 1
-        done = builder.store(found, v.place(target, args[0], args[2], 8))
-        done.align = 64
-        done.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
-        return context.get_dummy_value()
-
-    return types.void(target, source, types.int64), code
+    return types.void(out, types.int64, a, b, c, d, types.boolean), code
 
 
 @njit(cache=True, nogil=True)
 def _to_bfloat(bits):
-    """The bits of sixteen float32 -> of the nearest bfloat16, as `round_to_bfloat` has them, in the lower half."""
+    """The bits of sixteen float32 -> of the nearest bfloat16, as `_rounded` has them, in the lower half."""
     magnitude, quiet = same_int(np.int32(MAGNITUDE)), same_int(np.int32(QUIET))
     odd = and_(shift_right(bits, np.int32(16)), same_int(np.int32(1)))
     rounded = add(add(bits, same_int(np.int32(HALF_BELOW))), odd)
     is_none = select_less(same_int(np.int32(INFINITE)), and_(bits, magnitude), or_(bits, quiet), rounded)
     return shift_right(is_none, np.int32(16))
-
-
-@intrinsic
-def _write(typing, out, at, found):
-    """Sixteen numbers by their bits, to the items of an array from `at` on; of uint16 the lower halves."""
-
-    def code(context, builder, signature, args):
-        v, bits = _Vectors(16, context, builder), out.dtype.bitwidth
-        whole = ir.VectorType(ir.IntType(bits), 16)
-        few = args[2] if bits == 32 else builder.trunc(args[2], whole)
-        place = builder.bitcast(v.place(out, args[0], args[1], bits), whole.as_pointer())
-        builder.store(few, place).align = bits // 8
-        return context.get_dummy_value()
-
-    return types.void(out, types.int64, found), code
-
-
-def _straight(places: Places, group: int) -> bool:
-    """Whether numbers can be written without keeping codes: runs lie side by side, and cells within a group."""
-    plain = not len(places.streams) and (places.runs[:, 5] == 1).all() and not places.runs[:, 6].any()
-    return bool(plain) and group % places.codes == 0
 
 
 @njit(cache=True, nogil=True)
@@ -500,7 +680,10 @@ def _read_digit(record, byte, count, power, codes, at):
 def _read_stream(record, byte, count, bits, codes, at, low):
     """Fields of `bits` bits, one after the other, sixteen at a time; lower bits, where there are any, stay."""
     wide, up = count // 16 * 16, np.uint16(low)
-    if bits == 4:
+    if bits == FIVES:
+        for i in range(0, wide, 16):
+            _spread_fives(codes, at + i, record, byte + i // 16 * 10, up)
+    elif bits == 4:
         for i in range(0, wide, 16):
             _spread_4(codes, at + i, record, byte + i // 2, up)
     elif bits == 6:
@@ -519,7 +702,7 @@ def _read_stream(record, byte, count, bits, codes, at, low):
             else:
                 _spread_7(codes, at + i, record, byte + i // 8 * 7, up)
     mask = np.uint16((1 << bits) - 1)
-    for i in range(wide, count):
+    for i in range(wide, 0 if bits == FIVES else count):
         first, shift = byte + i * bits // 8, i * bits % 8
         both = np.uint16(record[first])
         if shift + bits > 8:
@@ -537,52 +720,6 @@ def _look_up(stored, size, offset, count, values, out):
                 numbers[cell * count + i] = values[found[cell * size + offset + i]]
 
 
-@njit(cache=True, nogil=True)
-def _write_through(source, target):
-    before = min(-(target.ctypes.data // 4) % 16, target.size)  # numbers up to a multiple of 64 bytes
-    end = target.size - (target.size - before) % 16
-    for i in range(before):
-        target[i] = source[i]
-    for i in range(before, end, 16):
-        _store_past_the_cache(target, source, i)
-    for i in range(end, target.size):
-        target[i] = source[i]
-    _wait_for_stores()
-
-
-def _bfloats(through: int) -> Callable[..., None]:
-    """target[at + i] = source[at + i] as bfloat16, for 32 numbers. through : as in `vectors.store_product`"""
-
-    def write(typing, target, source, at):
-        def code(context, builder, signature, args):
-            v = _Vectors(32, context, builder)
-            whole = ir.VectorType(ir.IntType(32), 32)
-
-            def same(number: int) -> Any:
-                return ir.Constant(whole, [int(number)] * 32)
-
-            numbers = builder.load(v.place(signature.args[1], args[1], args[2], 32))
-            numbers.align = 4
-            bits, sixteen = builder.bitcast(numbers, whole), same(16)
-            odd = builder.and_(builder.lshr(bits, sixteen), same(1))
-            rounded = builder.add(bits, builder.add(odd, same(HALF_BELOW)))
-            is_none = builder.icmp_unsigned(">", builder.and_(bits, same(MAGNITUDE)), same(INFINITE))
-            nearest = builder.select(is_none, builder.or_(bits, same(QUIET)), rounded)
-            few = builder.trunc(builder.lshr(nearest, sixteen), v.of(16))
-            done = builder.store(few, v.place(signature.args[0], args[0], args[2], 16))
-            done.align = through or 2
-            if through:  # does not read what it overwrites
-                done.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
-            return context.get_dummy_value()
-
-        return types.void(target, source, types.int64), code
-
-    return intrinsic(write)
-
-
-_thirty_two_bfloats, _thirty_two_bfloats_through = _bfloats(0), _bfloats(64)
-
-
 @intrinsic
 def _bits(typing, number):
     """A float32 as uint32."""
@@ -595,7 +732,7 @@ def _bits(typing, number):
 
 @njit(cache=True, nogil=True)
 def _bfloat(number):
-    """`round_to_bfloat` for one number."""
+    """`_rounded` for one number."""
     bits = _bits(number)
     if bits & MAGNITUDE > INFINITE:
         return np.uint16((bits | QUIET) >> np.uint32(16))
@@ -603,30 +740,8 @@ def _bfloat(number):
 
 
 @njit(cache=True, nogil=True)
-def _round(source, target):
-    end = target.size // 32 * 32
-    for i in range(0, end, 32):
-        _thirty_two_bfloats(target, source, i)
-    for i in range(end, target.size):
-        target[i] = _bfloat(source[i])
-
-
-@njit(cache=True, nogil=True)
-def _round_through(source, target):
-    before = min(-(target.ctypes.data // 2) % 32, target.size)  # numbers up to a multiple of 64 bytes
-    end = target.size - (target.size - before) % 32
-    for i in range(before):
-        target[i] = _bfloat(source[i])
-    for i in range(before, end, 32):
-        _thirty_two_bfloats_through(target, source, i)
-    for i in range(end, target.size):
-        target[i] = _bfloat(source[i])
-    _wait_for_stores()
-
-
-@njit(cache=True, nogil=True)
 def _affine_straight(records, places, zero, scale, out):
-    """`_affine` where `_straight`: runs in vectors of sixteen, then of four, then one by one."""
+    """(code - zero) * scale where `_straightly`: runs in vectors of sixteen, then of four, then one by one."""
     runs, digits = places.runs, places.digits
     group = out.shape[1] // scale.shape[1]
     for row in range(records.shape[0]):
@@ -657,40 +772,32 @@ def _affine_straight(records, places, zero, scale, out):
                     at += count
 
 
-@njit(cache=True, nogil=True)
-def _affine(records, places, codes, numbers, half, zero, scale, out):
-    """half : 0, or the sign of codes in two's complement. It is added to them and to zero, for vectors are unsigned."""
-    group = out.shape[1] // scale.shape[1]
-    shift, mask, middle = np.uint16(0), np.uint16(255), zero + F32(half)
-    exact = half == 0 or (np.floor(zero) == zero and abs(zero) < MOST_ZERO)
-    wide = group // 16 * 16 if exact else 0
-    for row in range(records.shape[0]):
-        _read(records[row], places, codes)
-        weights, factors = out[row], scale[row % scale.shape[0]]
-        if exact and half != 0:
-            for j in range(codes.size):
-                codes[j] ^= half
-        for m in range(0, wide, 16):
-            at = m
-            for g in range(factors.size):
-                _sixteen_fields(weights, at, codes, at, shift, mask, middle, factors[g])
-                at += group
-        for g in range(factors.size if wide < group else 0):
-            for j in range(g * group + wide, (g + 1) * group):
-                step = F32(codes[j]) - middle if exact else F32(numbers[j]) - zero
-                weights[j] = step * factors[g]
+def _plainly(records, places, codes, values, which, way, planes, scale, out):
+    """`weights`, one by one. Returns whether it is well defined."""
+    digits = way == "digits"
+    with np.errstate(all="ignore"):
+        return _one_by_one(records, places, codes, values, which, way == "divides", digits, planes, scale, out)
 
 
 @njit(cache=True, nogil=True)
-def _levels(records, places, codes, values, scale, out):
-    group = out.shape[1] // scale.shape[1]
+def _one_by_one(records, places, codes, values, which, divides, digits, planes, scale, out):
+    group, good = out.shape[1] * planes // scale.shape[1], True
     for row in range(records.shape[0]):
         _read(records[row], places, codes)
-        weights, factors = out[row], scale[row % scale.shape[0]]
-        for g in range(factors.size):
-            factor = factors[g]
-            for j in range(np.uint64(g * group), np.uint64((g + 1) * group)):
-                weights[j] = values[codes[j]] * factor
+        factors, tables = scale[row % scale.shape[0]], which[row % which.shape[0]]
+        for g in range(factors.size // planes):
+            table = values[tables[g]] if tables.size > 1 else values[0]
+            for j in range(group):
+                column = g * group + j
+                at = column if digits else g * planes * group + j
+                number, factor = table[codes[at]], factors[g * planes]
+                total = np.divide(number, factor) if divides else F32(number * factor)
+                good = good and (number == number or factor == factor)
+                for p in range(1, planes):
+                    number = values[p, codes[at]] if digits else table[codes[at + p * group]]
+                    total = F32(total + F32(number * factors[g * planes + p]))
+                out[row, column] = total
+    return good
 
 
 @njit(cache=True, nogil=True)
@@ -700,39 +807,6 @@ def _reaches(codes, magnitude, top):
     for i in range(codes.size):
         highest = max(highest, np.uint8(codes[i] & magnitude))
     return highest >= top
-
-
-@njit(cache=True, nogil=True)
-def _computed(records, places, codes, how, values, scale, out, through):
-    """`_levels`, a vector at a time; rows with codes that are infinite or no number go by the table.
-
-    Returns whether all scales of such rows are numbers.
-    """
-    group, good = out.shape[1] // scale.shape[1], True
-    for row in range(records.shape[0]):
-        _read(records[row], places, codes)
-        weights, factors = out[row], scale[row % scale.shape[0]]
-        special = how.top <= how.magnitude and _reaches(codes, np.uint8(how.magnitude), how.top)
-        wide = 0 if special else group // 16 * 16
-        if through:  # in order, so that lines are complete at once
-            for g in range(factors.size):
-                for j in range(g * group, g * group + wide, 16):
-                    _sixteen_floats_through(weights, j, codes, j, how, factors[g])
-        else:
-            for m in range(0, wide, 16):
-                at = m
-                for g in range(factors.size):
-                    _sixteen_floats(weights, at, codes, at, how, factors[g])
-                    at += group
-        for g in range(factors.size if wide < group else 0):
-            factor, first = factors[g], g * group
-            for j in range(first + wide, first + group):
-                weights[j] = values[codes[j]] * factor
-            if special and factor != factor:
-                good = False
-    if through:
-        _wait_for_stores()
-    return good
 
 
 @njit(cache=True, nogil=True)

@@ -2,7 +2,7 @@
 
 A door takes (rows, cols) float32, finite and filling whole blocks, and returns the parts of its layout. All arithmetic
 is float32, each operation rounding on its own, and sums have a fixed order (`_errors`), so neither the number of
-threads nor the width of vectors can change a bit.
+threads nor the width of vectors can change a bit. The plain loops say what is done; those over vectors do the same.
 
 `best` looks for the least squared error. The other rules are other people's encoders, byte for byte: which scale a
 block gets (the NumPy functions below), which way ties go, and which weights become code 8, the negative zero.
@@ -19,10 +19,49 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import threads
+from packfmt.kernels import simd, threads
+from packfmt.kernels.cache import njit
+from packfmt.kernels.quantize import (
+    AHEAD,
+    NO_NUMBER,
+    VERSION,
+    Places,
+    _e2m1,
+    _put_codes,
+    larger,
+    largest_lane,
+    low_bytes,
+    select_below,
+    turn,
+)
+from packfmt.kernels.simd import (
+    add,
+    addf,
+    and_,
+    as_floats,
+    divf,
+    e4m3_to_float,
+    ints_of,
+    load_bytes16,
+    load_floats16,
+    load_ints16,
+    mulf,
+    or_,
+    prefetch,
+    same_float,
+    same_int,
+    select_less,
+    shift_left,
+    shift_right,
+    store,
+    sub,
+    subf,
+    widen,
+    zero_floats,
+    zero_ints,
+)
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -52,7 +91,7 @@ E4M3_MOST = 126  # 448
 E4M3 = np.array([(8 * (c > 7) + c % 8) * 2.0 ** (max(c // 8, 1) - 10) for c in range(E4M3_MOST + 1)], F32)
 PER_E4M3 = np.concatenate([[ZERO], ONE / E4M3[1:]])  # no errors are compared with a scale of 0
 # scale codes tried, from the rounded one; of equals the first
-WINDOW = np.array([0, -2, -1, 1, 2, 3, 4, 5, 6])[:, None]
+WINDOW = np.array([0, -2, -1, 1, 2, 3, 4, 5, 6])
 ALONE = WINDOW[:1]
 
 ONES = np.ones(LANES, F32)
@@ -112,6 +151,9 @@ def mxfp4(weight: Floats, rule: str = "best", importance: Floats | None = None) 
     rows, cols = weight.shape
     codes = np.empty((rows, cols), np.uint8)
     scale = np.empty((rows, cols // 32), np.uint8)
+    if rule == "best" and not simd.INTERPRETED:
+        _best(weight, weigh, Places(codes.reshape(-1), 0, 32, scale.reshape(-1), 0, 1, False))
+        return {"codes": codes, "scale": scale}
 
     def work(start: int, stop: int) -> None:
         part, found = weight[start:stop], scale[start:stop]
@@ -125,6 +167,28 @@ def mxfp4(weight: Floats, rule: str = "best", importance: Floats | None = None) 
 
     _share(work, weight, 1)
     return {"codes": codes, "scale": scale}
+
+
+def mxfp4_records(weight: Floats) -> dict[str, np.ndarray] | None:
+    """(rows, cols) float32 -> the blocks of ggml that packing the parts of rule `best` gives; None if not finite."""
+    if simd.INTERPRETED:
+        return None
+    rows, cols = weight.shape
+    out = np.empty((rows, cols // 32 * 17), np.uint8)
+    flat = out.reshape(-1)
+    return {"blocks": out} if _best(weight, None, Places(flat, 1, 17, flat, 0, 17, True)) < NO_NUMBER else None
+
+
+def _best(weight: Floats, weigh: Floats | None, places: Places) -> int:
+    """The rule `best` for all blocks; the bits of the largest magnitude."""
+    flat, tops = np.ascontiguousarray(weight).reshape(-1), [0]
+    counts = None if weigh is None else np.ascontiguousarray(weigh).reshape(-1)
+
+    def work(start: int, stop: int) -> None:
+        tops.append(int(_best_mx(flat, counts, start, stop, _desk(2 * RUN), places)))
+
+    threads.spread(work, len(flat) // 32, LEAST_WEIGHTS // 32)
+    return max(tops)
 
 
 def _floor(peak: Floats) -> Bytes:
@@ -250,25 +314,22 @@ class Rule(NamedTuple):
         """The codes of some rows, into `codes`, and their scales, one a block of rows."""
         scale = self.scales(peaks, shared, self.peaks[0])
         if self.window is not None:
-            most = np.count_nonzero(6.0 * E4M3.astype(np.float64) * float(shared) <= float(LARGEST)) - 1
-            tries = np.clip(np.arange(E4M3_MOST + 1) + self.window, 1, most).astype(np.uint8)
+            most = int(np.count_nonzero(6.0 * E4M3.astype(np.float64) * float(shared) <= float(LARGEST))) - 1
             least = np.full(peaks.shape, INFINITE, F32)
-            runs, room = _blocks(weight, RUN), _room(weigh, block_rows)
             for steps in self.peaks:
-                rounded = self.scales(peaks, shared, steps)
-                of_codes = tries, E4M3[tries], PER_E4M3[tries]
-                _least_error(runs, weigh, ONE / shared, block_rows, rounded, of_codes, *room, least, scale)
+                rounded = scale.copy() if steps == self.peaks[0] else self.scales(peaks, shared, steps)
+                _pick(weight, weigh, ONE / shared, block_rows, rounded, self.window, most, least, scale)
             scale[peaks == 0] = 0
         if self.rounding:
-            step = self.steps(scale, shared, self.rounding.times)
+            step = self.steps(shared, self.rounding.times)[scale]
             _encode(weight, step, block_rows, self.rounding, codes)
         else:
             _first_nearest(_blocks(weight, RUN), E4M3[scale] * HALF, E2M1_TWICE, _blocks(codes, RUN))
         return scale
 
-    def steps(self, scale: Bytes, shared: np.float32, times: bool) -> Floats:
-        """What a code of 1 stands for (its reciprocal, for products); where that is 0, every code must be 0."""
-        number = E4M3[scale]
+    def steps(self, shared: np.float32, times: bool) -> Floats:
+        """What a code of 1 stands for, by scale (its reciprocal, for products); where it is 0, every code must be."""
+        number = E4M3
         with np.errstate(divide="ignore", over="ignore"):
             if times:
                 return np.minimum((ONE / shared) / number, LARGEST)
@@ -402,8 +463,36 @@ def _peaks(weight: Floats, block_rows: int) -> Floats:
     return peaks.view(F32)
 
 
+def _pick(
+    weight: Floats,
+    weigh: Floats | None,
+    factor: np.float32,
+    block_rows: int,
+    rounded: Bytes,
+    window: np.ndarray,
+    most: int,
+    least: Floats,
+    scale: Bytes,
+) -> None:
+    """Of the scale codes rounded + window, 1 to most, the first with the least error, if that is below `least`."""
+    if simd.INTERPRETED:
+        tries = np.clip(np.arange(E4M3_MOST + 1) + window[:, None], 1, most).astype(np.uint8)
+        of_codes, runs, room = (tries, E4M3[tries], PER_E4M3[tries]), _blocks(weight, RUN), _room(weigh, block_rows)
+        return _least_error(runs, weigh, factor, block_rows, rounded, of_codes, *room, least, scale)
+    flat, (rows, cols) = np.ascontiguousarray(weight).reshape(-1), weight.shape
+    counts = None if weigh is None else np.ascontiguousarray(weigh).reshape(-1)
+    if block_rows == 1:  # blocks of all rows may then lie side by side
+        rows, cols = 1, flat.size
+        rounded, least, scale = rounded.reshape(1, -1), least.reshape(1, -1), scale.reshape(1, -1)
+    desk = _desk(RUN * block_rows)
+    _least_error_vectors(flat, counts, rows, cols, factor, block_rows, rounded, window, most, desk, least, scale)
+
+
 def _encode(weight: Floats, step: Floats, block_rows: int, rounding: Rounding, codes: Bytes) -> None:
     """Codes of weights whose runs of 16, `block_rows` rows of them, have these steps."""
+    if not simd.INTERPRETED:
+        flat, bounds = np.ascontiguousarray(weight).reshape(-1), rounding.bounds.view(np.int32)
+        return _codes_vectors(flat, len(weight), step, block_rows, bounds, *rounding[1:], codes.reshape(-1))
     runs = _blocks(weight, RUN)
     _codes(runs, runs.view(np.uint32), step, block_rows, *rounding, _blocks(codes, RUN))
 
@@ -421,7 +510,7 @@ def _share(work: Callable[[int, int], None], weight: Floats, block_rows: int) ->
     threads.spread(each, -(-rows // block_rows), -(-LEAST_WEIGHTS // weights))
 
 
-# ---------------------------------------------------------------- loops
+# ---------------------------------------------------------------- plain loops
 
 
 @njit(cache=True, nogil=True)
@@ -562,3 +651,178 @@ def _least_error(weight, weigh, factor, block_rows, rounded, of_codes, room, lan
                 if picked[lane] != NONE:
                     least[band, first + lane] = lowest[lane]
                     scale[band, first + lane] = tries[picked[lane], middle[lane]]
+
+
+# ---------------------------------------------------------------- loops over vectors: a lane a block
+
+WIDE = 16
+SIZE = np.int32(MAGNITUDE)
+EVEN_BITS = EVEN.view(np.int32)
+SIX_BITS = np.int32(SIX.view(np.int32))
+
+
+class Desk(NamedTuple):
+    """What a thread works with: blocks side by side, one in each lane."""
+
+    tile: np.ndarray  # (weights of a block, 16) float32
+    counts: np.ndarray  # the same: what their errors count
+    scale: np.ndarray  # (16,) int32
+    rounded: np.ndarray  # (16,) uint8
+    least: np.ndarray  # (16,) float32
+
+
+def _desk(weights: int) -> Desk:
+    tile, counts = (np.zeros((weights, WIDE), F32) for _ in range(2))
+    return Desk(tile, counts, np.zeros(WIDE, np.int32), np.zeros(WIDE, np.uint8), np.zeros(WIDE, F32))
+
+
+@njit(cache=True, nogil=True)
+def _lay(flat, at, step, lanes, tile, first):
+    """Runs of 16 numbers that begin at `at`, at + step ... become lanes of the tile's rows `first` and on."""
+    if lanes == WIDE:
+        for lane in range(WIDE):
+            prefetch(flat, 4 * (at + lane * step) + AHEAD)
+        turn(flat, 4 * at, 4 * step, tile, 4 * WIDE * first)
+    else:
+        for lane in range(lanes):
+            for j in range(RUN):
+                tile[first + j, lane] = flat[at + lane * step + j]
+
+
+@njit(cache=True, nogil=True)
+def _misses(size, per_step):
+    """`_squared` in lanes."""
+    steps = mulf(size, per_step)
+    six = same_int(SIX_BITS)
+    inside = select_less(ints_of(steps), six, ints_of(steps), six)
+    exponent = add(and_(inside, same_int(np.int32(EXPONENT_BITS))), same_int(np.int32(EXPONENT_22)))
+    whole = as_floats(larger(exponent, same_int(np.int32(BITS_OF_2_22))))
+    miss = subf(steps, subf(addf(as_floats(inside), whole), whole))
+    return mulf(miss, miss)
+
+
+@njit(cache=True, nogil=True)
+def _error(desk, weigh, weights, per_step):
+    """`_errors` in lanes."""
+    total, tile = zero_floats(), desk.tile
+    for j in range(0, weights, 4):
+        at = 4 * WIDE * j
+        e0 = _misses(load_floats16(tile, at), per_step)
+        e1 = _misses(load_floats16(tile, at + 64), per_step)
+        e2 = _misses(load_floats16(tile, at + 128), per_step)
+        e3 = _misses(load_floats16(tile, at + 192), per_step)
+        if weigh is not None:
+            e0 = mulf(e0, load_floats16(desk.counts, at))
+            e1 = mulf(e1, load_floats16(desk.counts, at + 64))
+            e2 = mulf(e2, load_floats16(desk.counts, at + 128))
+            e3 = mulf(e3, load_floats16(desk.counts, at + 192))
+        total = addf(total, addf(addf(e0, e1), addf(e2, e3)))
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _scaled_sizes(tile, weights, factor):
+    """Numbers become their magnitudes, times a factor in each lane."""
+    for j in range(weights):
+        size = as_floats(and_(load_ints16(tile, 64 * j), same_int(SIZE)))
+        store(tile, 64 * j, mulf(size, factor))
+
+
+def _loops(version: str) -> tuple[Callable[..., Any], ...]:
+    """Loops over vectors; the version is part of the key under which compiled code is kept."""
+
+    @njit(cache=True, nogil=True)
+    def _best_mx(weight, weigh, first, last, desk, places):
+        """Blocks `first` to `last` of 32 weights by the rule `best`; returns the bits of the largest magnitude."""
+        version  # noqa: B018
+        worst, tile = zero_ints(), desk.tile
+        for group in range(first, last, WIDE):
+            here = min(WIDE, last - group)
+            _lay(weight, 32 * group, 32, here, tile, 0)
+            _lay(weight, 32 * group + RUN, 32, here, tile, RUN)
+            if weigh is not None:
+                _lay(weigh, 32 * group, 32, here, desk.counts, 0)
+                _lay(weigh, 32 * group + RUN, 32, here, desk.counts, RUN)
+            top = zero_ints()
+            for j in range(32):
+                top = larger(top, and_(load_ints16(tile, 64 * j), same_int(SIZE)))
+            worst = larger(worst, top)
+            scale = sub(larger(shift_right(top, 23), same_int(2)), same_int(2))
+            _scaled_sizes(tile, 32, as_floats(shift_left(sub(same_int(254), scale), 23)))
+            low = _error(desk, weigh, 32, same_float(ONE))
+            high = mulf(_error(desk, weigh, 32, same_float(HALF)), same_float(FOUR))
+            raised = add(scale, same_int(1))
+            most = same_int(MX_MOST)
+            store(desk.scale, 0, select_below(high, low, select_less(raised, most, raised, most), scale))
+            for lane in range(here):
+                block, found = group + lane, desk.scale[lane]
+                # the step is a power of two, so the product with its reciprocal is the quotient
+                per_step = same_float(np.int32((254 - found) << 23).view(F32))
+                a = ints_of(mulf(load_floats16(weight, 128 * block), per_step))
+                b = ints_of(mulf(load_floats16(weight, 128 * block + 64), per_step))
+                _put_codes(_e2m1(a, EVEN_BITS), _e2m1(b, EVEN_BITS), places, block)
+                places.scale[places.scale_at + block * places.scale_step] = found
+        return largest_lane(worst)
+
+    @njit(cache=True, nogil=True)
+    def _least_error_vectors(weight, weigh, rows, cols, factor, block_rows, rounded, window, most, desk, least, scale):
+        """`_least_error`; weight, weigh : flat. window, most : scale codes to try are rounded + window, 1 to most"""
+        version  # noqa: B018
+        for band in range(scale.shape[0]):
+            first_row = band * block_rows
+            weights = RUN * (min(first_row + block_rows, rows) - first_row)
+            for first in range(0, scale.shape[1], WIDE):
+                here = min(WIDE, scale.shape[1] - first)
+                for row in range(weights // RUN):
+                    at = (first_row + row) * cols + RUN * first
+                    _lay(weight, at, RUN, here, desk.tile, RUN * row)
+                    if weigh is not None:
+                        _lay(weigh, at, RUN, here, desk.counts, RUN * row)
+                _scaled_sizes(desk.tile, weights, same_float(factor))
+                for lane in range(here):
+                    desk.rounded[lane] = rounded[band, first + lane]
+                    desk.least[lane] = least[band, first + lane]
+                    desk.scale[lane] = scale[band, first + lane]
+                middle, picked = widen(load_bytes16(desk.rounded, 0)), load_ints16(desk.scale, 0)
+                lowest = load_floats16(desk.least, 0)
+                for k in range(window.size):
+                    code = larger(add(middle, same_int(window[k])), same_int(1))
+                    code = select_less(code, same_int(most), code, same_int(most))
+                    number = e4m3_to_float(low_bytes(code))
+                    error = _error(desk, weigh, weights, divf(same_float(ONE), number))
+                    found = mulf(error, mulf(number, number))
+                    picked = select_below(found, lowest, code, picked)
+                    lowest = as_floats(select_below(found, lowest, ints_of(found), ints_of(lowest)))
+                store(desk.scale, 0, picked)
+                store(desk.least, 0, lowest)
+                for lane in range(here):
+                    least[band, first + lane] = desk.least[lane]
+                    scale[band, first + lane] = desk.scale[lane]
+
+    @njit(cache=True, nogil=True)
+    def _codes_vectors(weight, rows, step, block_rows, bounds, negative, keep_sign, times, codes):
+        """`_codes`; weight, codes : flat."""
+        version  # noqa: B018
+        b0, b1, b2, b3 = same_int(bounds[0]), same_int(bounds[1]), same_int(bounds[2]), same_int(bounds[3])
+        b4, b5, b6, one = same_int(bounds[4]), same_int(bounds[5]), same_int(bounds[6]), same_int(1)
+        below, kept, eight, zero = same_float(negative), same_int(8 * keep_sign), same_int(8), zero_ints()
+        for row in range(rows):
+            for run in range(step.shape[1]):
+                at = RUN * (row * step.shape[1] + run)
+                w, each = load_floats16(weight, 4 * at), same_float(step[row // block_rows, run])
+                x = mulf(w, each) if times else divf(w, each)
+                size = and_(ints_of(x), same_int(SIZE))
+                code = select_less(b0, size, one, zero)
+                code = select_less(b1, size, add(code, one), code)
+                code = select_less(b2, size, add(code, one), code)
+                code = select_less(b3, size, add(code, one), code)
+                code = select_less(b4, size, add(code, one), code)
+                code = select_less(b5, size, add(code, one), code)
+                code = select_less(b6, size, add(code, one), code)
+                sign = or_(select_below(x, below, eight, zero), and_(shift_right(ints_of(w), 28), kept))
+                store(codes, at, low_bytes(or_(code, sign)))
+
+    return _best_mx, _least_error_vectors, _codes_vectors
+
+
+_best_mx, _least_error_vectors, _codes_vectors = _loops(VERSION)

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import config
 from numba.extending import intrinsic
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import threads
+from packfmt.kernels.cache import njit
 
 F32 = np.float32
 LANES = 16

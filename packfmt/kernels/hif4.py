@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import scaled
+from packfmt.kernels.cache import njit
 
 F32, I32 = np.float32, np.int32
 GROUP, EIGHTS, FOURS = 64, 8, 16

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import activations, pages, simd, threads
 from packfmt.kernels.activations import Order, _fill_room
+from packfmt.kernels.cache import njit
 from packfmt.kernels.simd import claim
 from packfmt.kernels.simd_code import AVX512_HERE, AVX_HERE, I8, I16, I64, Vector, all_lanes, call, constant, order
 from packfmt.kernels.tile_code import (

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from packfmt.kernels import threads
+from packfmt.kernels.cache import njit
 
 LEAST_PIECES = 1 << 17  # pieces worth a thread
 EIGHT = np.uint64(8)

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.imputils import lower_constant
 from numba.extending import intrinsic, models, overload, register_model, typeof_impl
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import pages, simd, simd_code, threads
+from packfmt.kernels.cache import njit
 from packfmt.kernels.simd import (
     add,
     addf,

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 from numba.core import config
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import threads
+from packfmt.kernels.cache import njit
 
 F32 = np.float32
 Floats = npt.NDArray[np.float32]

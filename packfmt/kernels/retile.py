@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import pages, simd, threads
+from packfmt.kernels.cache import njit
 from packfmt.kernels.simd import VERSION
 from packfmt.kernels.simd_code import I8, I32, I64, call, order
 from packfmt.kernels.vectors import INTERPRETED, _wait_for_stores

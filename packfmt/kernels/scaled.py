@@ -26,10 +26,35 @@ from math import log2
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import threads
+from packfmt.kernels import simd, threads
+from packfmt.kernels.cache import njit
+from packfmt.kernels.quantize import AHEAD, VERSION, larger, low_bytes, select_below, turn
+from packfmt.kernels.simd import (
+    add,
+    addf,
+    and_,
+    as_floats,
+    divf,
+    ints_of,
+    load_floats16,
+    load_ints16,
+    mulf,
+    or_,
+    prefetch,
+    same_float,
+    same_int,
+    select_less,
+    shift_left,
+    shift_right,
+    store,
+    sub,
+    subf,
+    xor,
+    zero_floats,
+    zero_ints,
+)
 
 LEAST_WEIGHTS = 1 << 15  # worth a thread
 LANES = 16  # blocks side by side, so that each sums its own weights in order
@@ -44,6 +69,7 @@ EXPONENT_BITS = I32(0x7F800000)
 SIGN = I32(31)
 MAGNITUDE = I32(0x7FFFFFFF)  # a float32 without its sign
 SEVEN_BITS = I32(127)
+BYTE, MARK = I32(255), I32(256)  # of a block's code: its scale, and whether it has the second element
 
 FLOOR, CEIL, NEAREST = 0, 1, 2  # how a block's peak gives its starting scale
 
@@ -354,14 +380,15 @@ def _blocks(weight, size, kinds, scales, start, window, importance):
     rows, cols = weight.shape
     if cols % size:
         raise LayoutError(f"{cols} columns, needs a multiple of {size}")
-    weighs = importance_of(weight, importance).reshape(-1, size)
+    weighs = None if importance is None else importance_of(weight, importance).reshape(-1, size)
     blocks = np.ascontiguousarray(weight, F32).reshape(-1, size)
-    codes, scale = np.empty(blocks.shape, np.uint8), np.empty(len(blocks), np.uint8)
+    codes, scale = np.empty(blocks.size, np.uint8), np.empty(len(blocks), np.uint8)
     each = cols // size
+    powers = bool((np.frexp([*scales, *(kind.per_top for kind in kinds)])[0] == 0.5).all())
 
     def work(first: int, last: int) -> None:
         desk = _desk(size)
-        _sweep(blocks, weighs, first * each, last * each, kinds, scales, start, window, desk, codes, scale)
+        _sweep(blocks, weighs, first * each, last * each, kinds, scales, start, window, powers, desk, codes, scale)
 
     share_rows(work, weight)
     return codes.reshape(rows, cols), scale.reshape(rows, each)
@@ -444,43 +471,14 @@ def _signed(code, w, kind):
 
 
 @njit(cache=True, nogil=True)
-def _sweep(blocks, weighs, first, last, kinds, scales, start, window, desk, codes, scale):
-    """Blocks first to last: blocks (n, size), weighs (m, size), codes (n, size), scale (n,)."""
-    base, code = desk.base, desk.code
-    two = kinds[0].per_unit != kinds[1].per_unit
-    for block in range(first, last, LANES):
-        _load(blocks, weighs, block, last, desk)
-        for lane in range(LANES):
-            base[lane] = min(max(_start(desk.peak[lane], start), window.least), window.most)
-            code[lane] = base[lane]
-        if window.first < window.last or two:
-            desk.best[:] = INFINITY
-            _try(kinds[0], scales, window, I32(0), desk)
-            if two:
-                _try(kinds[1], scales, window, I32(256), desk)
-        for lane in range(min(LANES, last - block)):
-            i = block + lane
-            if desk.peak[lane] == ZERO:
-                code[lane] = I32(0)
-            found = code[lane] & I32(255)
-            if code[lane] > I32(255):
-                scale[i] = np.uint8(found + I32(128))
-                _write(blocks[i], scales[found], kinds[1], codes[i])
-            else:
-                scale[i] = np.uint8(found)
-                _write(blocks[i], scales[found], kinds[0], codes[i])
-
-
-@njit(cache=True, nogil=True)
-def _load(blocks, weighs, block, last, desk):
+def _load_plainly(blocks, weighs, block, last, desk):
     """Lay LANES blocks side by side; beyond the last, the last again."""
     weight, importance, peak = desk.weight, desk.weighs, desk.peak
     for lane in range(LANES):
         i = min(block + lane, last - 1)
-        k = i % weighs.shape[0]
         for j in range(blocks.shape[1]):
             weight[j, lane] = abs(blocks[i, j])
-            importance[j, lane] = weighs[k, j]
+            importance[j, lane] = ONE if weighs is None else weighs[i % weighs.shape[0], j]
     peak[:] = ZERO
     for j in range(blocks.shape[1]):
         for lane in range(LANES):
@@ -500,7 +498,7 @@ def _start(peak, start):
 
 
 @njit(cache=True, nogil=True)
-def _try(kind, scales, window, mark, desk):
+def _try_plainly(kind, scales, window, mark, desk, weighted, powers):
     """Try all scales of the window with this element; `mark` is added to the code of the best."""
     weight, importance, base, scale = desk.weight, desk.weighs, desk.base, desk.scale
     error, best, code = desk.error, desk.best, desk.code
@@ -523,15 +521,20 @@ def _try(kind, scales, window, mark, desk):
 
 
 @njit(cache=True, nogil=True)
-def _write(block, scale, kind, codes):
-    """The codes of neighbouring weights with one scale; of scale 0 only signs."""
-    if scale == ZERO:
-        for j in range(block.shape[0]):
-            codes[j] = _signed(I32(0), block[j], kind)
-    else:
-        for j in range(block.shape[0]):
-            y = F32(abs(np.divide(block[j], scale)) * kind.per_unit)
-            codes[j] = _signed(_code(y, kind), block[j], kind)
+def _write_plainly(weight, first, last, scale, kind, codes):
+    """The codes of weights first to last, which have one scale; of scale 0 only signs. weight, codes : flat"""
+    for j in range(first, last):
+        y = ZERO if scale == ZERO else F32(abs(np.divide(weight[j], scale)) * kind.per_unit)
+        codes[j] = _signed(_code(y, kind), weight[j], kind)
+
+
+@njit(cache=True, nogil=True)
+def _write_blocks_plainly(weight, block, count, size, kind, mark, powers, desk, codes):
+    """The codes of the desk's blocks whose code has this mark: `count` blocks from number `block` on."""
+    for lane in range(count):
+        if desk.code[lane] & MARK == mark:
+            first = (block + lane) * size
+            _write_plainly(weight, first, first + size, desk.scale[lane], kind, codes)
 
 
 def _row_peaks(weight: np.ndarray, share: int) -> np.ndarray:
@@ -549,13 +552,13 @@ def _row_peaks(weight: np.ndarray, share: int) -> np.ndarray:
 
 def _encode(weight: np.ndarray, scale: np.ndarray, kind: Element, rows_share: int, cols_share: int) -> np.ndarray:
     """(rows, cols) uint8: codes with scale (ceil(rows / rows_share), ceil(cols / cols_share)) float32."""
-    codes = np.empty(weight.shape, np.uint8)
+    flat, codes = np.ascontiguousarray(weight, F32).reshape(-1), np.empty(weight.size, np.uint8)
 
     def work(start: int, stop: int) -> None:
-        _codes(weight, start, stop, scale, rows_share, cols_share, kind, codes)
+        _codes(flat, weight.shape[1], start, stop, scale, rows_share, cols_share, kind, codes)
 
     share_rows(work, weight)
-    return codes
+    return codes.reshape(weight.shape)
 
 
 @njit(cache=True, nogil=True)
@@ -569,10 +572,174 @@ def _peaks(bits, share, peaks):
             peaks[row, part] = I32(top).view(np.float32)
 
 
+# ---------------------------------------------------------------- the same in vectors
+
+
 @njit(cache=True, nogil=True)
-def _codes(weight, start, stop, scale, rows_share, cols_share, kind, codes):
-    """Rows start to stop."""
-    for row in range(start, stop):
-        for part in range(scale.shape[1]):
-            first, last = part * cols_share, min(part * cols_share + cols_share, weight.shape[1])
-            _write(weight[row, first:last], scale[row // rows_share, part], kind, codes[row, first:last])
+def _codes_of(y, kind):
+    """`_code` in lanes."""
+    bits = ints_of(y)
+    shift, offset = kind.shift, same_int(kind.offset)
+    odd = and_(sub(shift_right(bits, shift), offset), same_int(1))
+    large = sub(shift_right(add(add(bits, same_int((BIT << (shift - BIT)) - BIT)), odd), shift), offset)
+    small = sub(ints_of(addf(y, same_float(WHOLE))), same_int(WHOLE_BITS))
+    code, top = select_below(y, same_float(kind.dense), small, large), same_int(kind.top)
+    return select_less(code, top, code, top)
+
+
+@njit(cache=True, nogil=True)
+def _misses(y, kind):
+    """y - `_rounded` in lanes, squared."""
+    bits, most = ints_of(y), same_int(F32(kind.most).view(np.int32))
+    inside = select_less(bits, most, bits, most)
+    exponent = larger(and_(inside, same_int(EXPONENT_BITS)), same_int(kind.least))
+    step = as_floats(add(exponent, same_int(kind.shift << EXPONENT)))
+    off = subf(y, subf(addf(as_floats(inside), step), step))
+    return mulf(off, off)
+
+
+@njit(cache=True, nogil=True)
+def _bytes_of(w, quotient, kind):
+    """`_signed` codes of sixteen weights whose quotients with their scale are given."""
+    size = as_floats(and_(ints_of(quotient), same_int(MAGNITUDE)))
+    code, negative = _codes_of(mulf(size, same_float(kind.per_unit)), kind), shift_right(ints_of(w), SIGN)
+    if kind.sign < 0:
+        return low_bytes(and_(add(xor(code, sub(zero_ints(), negative)), negative), same_int(kind.mask)))
+    return low_bytes(or_(code, shift_left(negative, kind.sign)))
+
+
+@njit(cache=True, nogil=True)
+def _write_vectors(weight, first, last, scale, kind, codes):
+    """`_write_plainly`; division by infinity leaves nothing but signs, too."""
+    each = same_float(INFINITY if scale == ZERO else scale)
+    end = first + (last - first) // LANES * LANES
+    for j in range(first, end, LANES):
+        w = load_floats16(weight, 4 * j)
+        store(codes, j, _bytes_of(w, divf(w, each), kind))
+    if end < last:
+        _write_plainly(weight, end, last, scale, kind, codes)
+
+
+@njit(cache=True, nogil=True)
+def _write_blocks_vectors(weight, block, count, size, kind, mark, powers, desk, codes):
+    """`_write_blocks_plainly`."""
+    for lane in range(count):
+        if desk.code[lane] & MARK == mark:
+            scale = INFINITY if desk.scale[lane] == ZERO else desk.scale[lane]
+            each, inverse = same_float(scale), same_float(ONE / scale)
+            first = (block + lane) * size
+            for j in range(first, first + size, LANES):
+                w = load_floats16(weight, 4 * j)
+                store(codes, j, _bytes_of(w, mulf(w, inverse) if powers else divf(w, each), kind))
+
+
+@njit(cache=True, nogil=True)
+def _lay(numbers, first, tile):
+    """Sixteen rows side by side, from row `first` on: column j becomes row j of the tile."""
+    size = numbers.shape[1]
+    for j in range(0, size, LANES):
+        for lane in range(LANES):
+            prefetch(numbers, 4 * (first * size + LANES * lane + LANES * j) + AHEAD)
+        turn(numbers, 4 * (first * size + j), 4 * size, tile, 4 * LANES * j)
+
+
+@njit(cache=True, nogil=True)
+def _load_vectors(blocks, weighs, block, last, desk):
+    """`_load_plainly`."""
+    if block + LANES > last:
+        return _load_plainly(blocks, weighs, block, last, desk)
+    size, top = blocks.shape[1], zero_ints()
+    _lay(blocks, block, desk.weight)
+    for j in range(size):
+        magnitude = and_(load_ints16(desk.weight, 4 * LANES * j), same_int(MAGNITUDE))
+        store(desk.weight, 4 * LANES * j, magnitude)
+        top = larger(top, magnitude)
+    store(desk.peak, 0, top)
+    if weighs is not None:
+        first = block % weighs.shape[0]
+        if first + LANES <= weighs.shape[0]:
+            _lay(weighs, first, desk.weighs)
+        else:
+            for lane in range(LANES):
+                for j in range(size):
+                    desk.weighs[j, lane] = weighs[(first + lane) % weighs.shape[0], j]
+
+
+@njit(cache=True, nogil=True)
+def _try_vectors(kind, scales, window, mark, desk, weighted, powers):
+    """`_try_plainly`. powers : all scales and tops are powers of two, so that one product does"""
+    base, scale, code = desk.base, desk.scale, desk.code
+    per_top = same_float(kind.per_top)
+    for lane in range(LANES):
+        scale[lane] = scales[base[lane]]
+    start = load_floats16(scale, 0)
+    for step in range(window.first, window.last + 1):
+        for lane in range(LANES):
+            scale[lane] = scales[min(max(base[lane] + I32(step), window.least), window.most)]
+        each, error = load_floats16(scale, 0), zero_floats()
+        inverse = mulf(divf(same_float(ONE), each), per_top)
+        for j in range(desk.weight.shape[0]):
+            w = load_floats16(desk.weight, 4 * LANES * j)
+            found = _misses(mulf(w, inverse) if powers else mulf(divf(w, each), per_top), kind)
+            if weighted:
+                found = mulf(load_floats16(desk.weighs, 4 * LANES * j), found)
+            error = addf(error, found)
+        unit = divf(divf(each, start), per_top)
+        total, best = mulf(error, mulf(unit, unit)), load_floats16(desk.best, 0)
+        place = add(load_ints16(base, 0), same_int(step))
+        least, most = same_int(window.least), same_int(window.most)
+        place = larger(place, least)
+        place = add(select_less(place, most, place, most), same_int(mark))
+        store(code, 0, select_below(total, best, place, load_ints16(code, 0)))
+        store(desk.best, 0, select_below(total, best, ints_of(total), ints_of(best)))
+
+
+_load, _try, _write, _write_blocks = (
+    (_load_plainly, _try_plainly, _write_plainly, _write_blocks_plainly)
+    if simd.INTERPRETED
+    else (_load_vectors, _try_vectors, _write_vectors, _write_blocks_vectors)
+)
+
+
+def _loops(version: str) -> tuple[Callable[..., None], ...]:
+    """The loops; the version is part of the key under which compiled code is kept."""
+
+    @njit(cache=True, nogil=True)
+    def _sweep(blocks, weighs, first, last, kinds, scales, start, window, powers, desk, codes, scale):
+        """Blocks first to last: blocks (n, size), weighs (m, size), codes (n * size,), scale (n,)."""
+        version  # noqa: B018
+        base, code, size, weight = desk.base, desk.code, blocks.shape[1], blocks.reshape(-1)
+        two = kinds[0].per_unit != kinds[1].per_unit
+        for block in range(first, last, LANES):
+            _load(blocks, weighs, block, last, desk)
+            for lane in range(LANES):
+                base[lane] = min(max(_start(desk.peak[lane], start), window.least), window.most)
+                code[lane] = base[lane]
+            if window.first < window.last or two:
+                desk.best[:] = INFINITY
+                _try(kinds[0], scales, window, I32(0), desk, weighs is not None, powers)
+                if two:
+                    _try(kinds[1], scales, window, MARK, desk, weighs is not None, powers)
+            count = min(LANES, last - block)
+            for lane in range(count):
+                if desk.peak[lane] == ZERO:
+                    code[lane] = I32(0)
+                desk.scale[lane] = scales[code[lane] & BYTE]
+                scale[block + lane] = np.uint8((code[lane] & BYTE) + (code[lane] & MARK) // I32(2))
+            _write_blocks(weight, block, count, size, kinds[0], I32(0), powers, desk, codes)
+            if two:
+                _write_blocks(weight, block, count, size, kinds[1], MARK, powers, desk, codes)
+
+    @njit(cache=True, nogil=True)
+    def _codes(weight, cols, start, stop, scale, rows_share, cols_share, kind, codes):
+        """Rows start to stop. weight, codes : flat"""
+        version  # noqa: B018
+        for row in range(start, stop):
+            for part in range(scale.shape[1]):
+                first, last = part * cols_share, min(part * cols_share + cols_share, cols)
+                _write(weight, row * cols + first, row * cols + last, scale[row // rows_share, part], kind, codes)
+
+    return _sweep, _codes
+
+
+_sweep, _codes = _loops(VERSION)

@@ -5,11 +5,11 @@ a result, is the same everywhere. Lanes do not meet but where a docstring says s
 own, to nearest and half to even, and nothing is fused.
 
     Bytes64, Bytes16, Shorts16, Ints16, Floats16      the types
-    load_*, store, broadcast4, same_*, zero_*         from and to memory, and one number in all lanes
+    load_*, store*, broadcast4, same_*, zero_*        from and to memory, and one number in all lanes
     and_ or_ xor add sub mul, addf subf mulf divf     lane by lane
     shift_*, funnel, as_*, widen*, *_to_float         bits, widths and number formats
     dot4, dot4_wide, look_up_*, select_less           what the products are made of
-    prefetch, claim                                   memory
+    clear, prefetch, claim                            memory
 
 All of these are for compiled functions. Arrays are contiguous, of any dtype, and `at` counts bytes from their first.
 Nothing is checked and addresses need not be aligned: the door before the loop sees to it that there are so many bytes.
@@ -139,6 +139,71 @@ def store(_context, array, at, vector):
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), code
+
+
+def _are_all(build: ir.IRBuilder, count: Any, lanes: int) -> Any:
+    """Whether so many are a whole vector; most often they are, and vectors without a mask are for every machine."""
+    return build.icmp_signed(">=", count, ir.Constant(I64, lanes))
+
+
+def _first(build: ir.IRBuilder, count: Any, lanes: int) -> Any:
+    """A mask of the first `count` lanes."""
+    places = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+    return build.icmp_signed("<", places, all_lanes(build, build.trunc(count, I32), lanes))
+
+
+@intrinsic
+def load_some_floats16(_context, array, at, count):
+    """The first `count` of sixteen float32, or all; zeros stand for the others, which are not read."""
+    if not isinstance(array, types.Array):
+        raise TypingError(f"simd.load_some_floats16: got {array}, needs an array")
+
+    def code(context, builder, signature, args):
+        kind, count = Floats16.llvm, args[2]
+        place = _place(context, builder, signature.args[0], *args[:2], kind)
+        either, zeros = cgutils.alloca_once(builder, kind), constant(kind, 0.0)
+        with builder.if_else(_are_all(builder, count, 16)) as (all_, some):
+            with all_:
+                builder.store(builder.load(place, align=1), either)
+            with some:
+                mask = _first(builder, count, 16)
+                found = call(builder, "llvm.masked.load.v16f32.p0", kind, place, I32(1), mask, zeros)
+                builder.store(found, either)
+        return builder.load(either)
+
+    return Floats16(array, types.intp, types.intp), code
+
+
+@intrinsic
+def store_some(_context, array, at, vector, count):
+    """Write the first `count` bytes of a vector of bytes to an array, or all."""
+    if vector not in (Bytes16, Bytes64):
+        raise TypingError(f"simd.store_some: got {vector}, needs a vector of bytes")
+
+    def code(context, builder, signature, args):
+        value, count, lanes = args[2], args[3], vector.llvm.count
+        place = _place(context, builder, signature.args[0], *args[:2], value.type)
+        with builder.if_else(_are_all(builder, count, lanes)) as (all_, some):
+            with all_:
+                builder.store(value, place).align = 1
+            with some:
+                mask, name = _first(builder, count, lanes), f"llvm.masked.store.v{lanes}i8.p0"
+                call(builder, name, ir.VoidType(), value, place, I32(1), mask)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector, types.intp), code
+
+
+@intrinsic
+def clear(_context, array, at, count):
+    """Write so many bytes of 0."""
+
+    def code(context, builder, signature, args):
+        place = _place(context, builder, signature.args[0], *args[:2], I8)
+        cgutils.memset(builder, place, args[2], 0)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp), code
 
 
 @intrinsic
@@ -339,26 +404,37 @@ def bfloat_to_float(build, v):
     return build.bitcast(build.shl(build.zext(v, Ints16.llvm), constant(Ints16.llvm, 16)), Floats16.llvm)
 
 
+def _e4m3(build: ir.IRBuilder, v: Any, signed: bool) -> Any:
+    """Float8 of four and three bits -> float32; the code of NaN as if it were a number.
+
+    At the same places in a float16, the bits are the number but for the bias, subnormals too.
+    """
+    if AVX_HERE:
+        words = ir.VectorType(I16, 16)
+        wide = build.shl(build.sext(v, words), constant(words, 7))
+        half = build.and_(wide, constant(words, 0x3F80 - 0x8000 * signed))
+        number = build.fpext(build.bitcast(half, ir.VectorType(F16, 16)), Floats16.llvm)
+        return build.fmul(number, constant(Floats16.llvm, 2.0 ** (15 - 7)))
+    whole = Ints16.llvm
+    code = build.zext(v, whole)
+    bits = _from_small(build, build.and_(code, constant(whole, 0x7F)), 3, 7)
+    sign = build.shl(build.and_(code, constant(whole, 0x80 * signed)), constant(whole, 24))
+    return build.bitcast(build.or_(bits, sign), Floats16.llvm)
+
+
 @operation(Floats16, Bytes16)
 def e4m3_to_float(build, v):
     """float8_e4m3fn -> float32, exact; 0x7f and 0xff are NaN."""
-    whole = Ints16.llvm
-    code = build.zext(v, whole)
-    magnitude = build.and_(code, constant(whole, 0x7F))
-    is_nan = build.icmp_unsigned("==", magnitude, constant(whole, 0x7F))
-    size = build.select(is_nan, constant(whole, 0x7FC00000), _from_small(build, magnitude, 3, 7))
-    sign = build.shl(build.and_(code, constant(whole, 0x80)), constant(whole, 24))
-    return build.bitcast(build.or_(size, sign), Floats16.llvm)
+    last = constant(v.type, 0x7F)
+    is_nan = build.icmp_unsigned("==", build.and_(v, last), last)
+    return build.select(is_nan, constant(Floats16.llvm, float("nan")), _e4m3(build, v, True))
 
 
 @operation(Floats16, Bytes16)
 def ggml_e4m3_to_float(build, v):
     """ufloat7_e4m3 -> float32, exact: bit 7 is ignored, but for 127, which is 0, where 255 is 480."""
-    whole = Ints16.llvm
-    code = build.zext(v, whole)
-    size = _from_small(build, build.and_(code, constant(whole, 0x7F)), 3, 7)
-    is_zero = build.icmp_unsigned("==", code, constant(whole, 0x7F))
-    return build.bitcast(build.select(is_zero, constant(whole, 0), size), Floats16.llvm)
+    is_zero = build.icmp_unsigned("==", v, constant(v.type, 0x7F))
+    return build.select(is_zero, constant(Floats16.llvm, 0.0), _e4m3(build, v, False))
 
 
 @operation(Floats16, Bytes16, types.int32, types.boolean)

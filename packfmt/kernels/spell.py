@@ -6,9 +6,9 @@ A step is the small whole number that a scale multiplies. Rows are shared among 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from packfmt.kernels import threads
+from packfmt.kernels.cache import njit
 
 LEAST_CODES = 1 << 15  # worth a thread
 ONE, THREE = np.uint32(1), np.uint32(3)

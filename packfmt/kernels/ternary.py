@@ -17,10 +17,10 @@ from math import fsum
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import quantize, threads
+from packfmt.kernels.cache import njit
 from packfmt.kernels.quantize import _inverse, _peak, _round_away
 
 F32, F64 = np.float32, np.float64

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
 from packfmt.kernels import quantize, ternary, threads
+from packfmt.kernels.cache import njit
 from packfmt.kernels.quantize import _inverse
 from packfmt.kernels.ternary import AT_ONCE, SUMS, _add, _choose, _lanes, _total
 

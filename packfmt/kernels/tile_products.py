@@ -16,18 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from hashlib import sha256
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import activations, simd, threads
 from packfmt.kernels.activations import Order, Room, _fill_room
+from packfmt.kernels.cache import njit
 from packfmt.kernels.simd import claim, load_ints16, prefetch, store, xor, zero_ints
 from packfmt.kernels.tile_code import (
     Kernel,
@@ -55,7 +54,6 @@ AHEAD = 4096  # bytes; what will be read after so many is asked for
 CLAIMS: Final = 32  # parts of the work that threads claim, one by one: a late thread just takes fewer
 LEAST: Final = 1 << 18  # bytes of codes, or as much work with a batch, that are worth another thread's while
 NO_TABLE: Final = np.zeros(128, np.uint8)
-VERSION: Final = sha256(Path(activations.__file__).read_bytes()).hexdigest()[:12]  # Numba sees no edit of it
 INT: Final = ir.IntType(32)
 
 
@@ -167,7 +165,6 @@ class Form(NamedTuple):
     narrow: bool
     exponent: int
     nan: bool
-    version: str = VERSION
 
     @property
     def chunk(self) -> int:
@@ -385,40 +382,43 @@ def _multiply(kernel, tiles, x, start, room, out, counter, at_once):
     groups, cols, blocks = number_at(tiles, GROUPS), number_at(tiles, COLS), number_at(tiles, BLOCKS)
     q, sums = array_at(room, activations.STEPS, np.int8), array_at(room, activations.SUMS, np.int32)
     factors, batch, width = array_at(room, activations.SCALE, np.float32), out.shape[0], _batch(kernel)
+    planes, per_row, block_cols, chunk_cols = _planes(kernel), _per_row(kernel), _block(kernel), _chunk(kernel)
+    code_bytes, high_bytes, scale_bytes = _code_bytes(kernel), _high_bytes(kernel), _scale_bytes(kernel)
     parts = (batch + width - 1) // width
-    pieces = cols // _chunk(kernel)  # of a row of a plane
-    scales = _planes(kernel) if _per_row(kernel) else _planes(kernel) * blocks  # of a row
+    pieces = cols // chunk_cols  # of a row of a plane
+    scales = planes if per_row else planes * blocks  # of a row
     stride = 4 * ROWS * groups
     tables = load_tables(kernel, array_at(tiles, TABLE, np.uint8))
     claimed = claim(array_of(counter, 1, np.int64), at_once) if counter else 0
     if claimed < groups:
         for at in range(0, AHEAD, VECTOR):
-            prefetch(codes, claimed * pieces * _planes(kernel) * _code_bytes(kernel) + at)
+            prefetch(codes, claimed * pieces * planes * code_bytes + at)
         _fill_room(number_at(tiles, SOURCE), x, start, width, room)
     while claimed < groups:
-        for group in range(claimed, min(claimed + at_once, groups)):
+        stop = claimed + at_once
+        for group in range(claimed, stop if stop < groups else groups):
             for one in range(parts):
-                at = group * pieces * _planes(kernel) * _code_bytes(kernel)
-                high_at = group * pieces * _planes(kernel) * _high_bytes(kernel)
+                at, high_at = group * pieces * planes * code_bytes, group * pieces * planes * high_bytes
                 scale_at = group * scales
                 acc = _zeros(kernel)
                 for block in range(blocks):
                     block_at = 4 * width * (one * blocks + block)
                     here = _pieces(kernel)
-                    if _per_row(kernel):
+                    if per_row:
                         scale_at = group * scales
-                        here = min(here, pieces - block * here)
-                    for _plane in range(_planes(kernel)):
-                        q_at = width * (one * cols + block * _block(kernel))
+                        left = pieces - block * here
+                        here = left if left < here else here
+                    for _plane in range(planes):
+                        q_at = width * (one * cols + block * block_cols)
                         dots = _start(kernel, sums, block_at, bias)
                         for _piece in range(here):
                             dots = _add(kernel, dots, codes, at, high, high_at, q, q_at, tables)
-                            at += _code_bytes(kernel)
-                            high_at += _high_bytes(kernel)
-                            q_at += width * _chunk(kernel)
+                            at += code_bytes
+                            high_at += high_bytes
+                            q_at += width * chunk_cols
                         # fmt: off
                         acc = _finish(
-                            kernel, acc, dots, sums, factors, block_at, scale, scale_at * _scale_bytes(kernel),
+                            kernel, acc, dots, sums, factors, block_at, scale, scale_at * scale_bytes,
                             zero, scale_at * ROWS, whole, group * 4 * ROWS,
                         )
                         # fmt: on

@@ -9,9 +9,9 @@ Rounding, ties, signs, and what "best" compares are those of `scaled`.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from packfmt.errors import LayoutError
+from packfmt.kernels.cache import njit
 from packfmt.kernels.scaled import (
     BIT,
     E4M3,

@@ -24,10 +24,10 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import threads
+from packfmt.kernels.cache import njit
 
 LEAST_WEIGHTS = 1 << 14  # worth a thread
 LANES = 16  # groups that are sorted side by side

@@ -17,7 +17,6 @@ from numba.extending import intrinsic
 
 F32 = np.float32
 SIGN = np.uint32(0x80000000)
-THROUGH = 16  # bytes of which an array's address is a multiple, to be written past the cache; those of NumPy are
 ONE_EXPONENT = np.uint32(1 << 23)  # what doubles a float32, as a whole number
 
 
@@ -97,16 +96,8 @@ class _Vectors(NamedTuple):
 
     def store(self, kind: types.Array, out: Any, at: Any, codes: Any, zero: Any, factor: Any) -> Any:
         """(codes - zero) * factor, in float32."""
-        return self.store_product(
-            kind, out, at, self.builder.fsub(self.builder.uitofp(codes, self.of(32)), self.all(zero)), factor
-        )
-
-    def store_product(self, kind: types.Array, out: Any, at: Any, steps: Any, factor: Any, through: int = 0) -> Any:
-        """`through` is 0, or a number of bytes of which the place is a multiple: past the cache."""
-        done = self.builder.store(self.builder.fmul(steps, self.all(factor)), self.place(kind, out, at, 32))
-        done.align = through or 4
-        if through:  # does not read what it overwrites
-            done.set_metadata("nontemporal", self.builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        steps = self.builder.fsub(self.builder.uitofp(codes, self.of(32)), self.all(zero))
+        self.builder.store(self.builder.fmul(steps, self.all(factor)), self.place(kind, out, at, 32)).align = 4
         return self.context.get_dummy_value()
 
 
@@ -203,6 +194,33 @@ def _spread(bits: int) -> Callable[..., None]:
     return intrinsic(write)
 
 
+def _fives_plainly(codes, at, record, byte, low):
+    """Fifteen codes of 5 bits, three to each two bytes from `byte` on; the last of sixteen is anything."""
+    words = record[byte : byte + 10].astype(np.uint16).reshape(5, 2)
+    both = words[:, 0] | words[:, 1] << np.uint16(8)
+    for j in range(3):
+        codes[at + j : at + 15 : 3] = both >> np.uint16(5 * j) & np.uint16(31)
+
+
+@intrinsic
+def _fives(typing, codes, at, record, byte, low):
+    """`_fives_plainly`, compiled: each code is cut out of its two bytes."""
+
+    def code(context, builder, signature, args):
+        v, stored = _Vectors(16, context, builder), _Vectors(10, context, builder)
+        found = builder.load(stored.place(signature.args[2], *args[2:4], 8))
+        found.align = 1
+        bytes_ = [at for i in range(16) for at in (2 * min(i // 3, 4), 2 * min(i // 3, 4) + 1)]
+        pairs = builder.shuffle_vector(found, found, ir.Constant(ir.VectorType(ir.IntType(32), 32), bytes_))
+        shifts = ir.Constant(v.of(16), [5 * (i % 3) for i in range(16)])
+        fields = builder.and_(builder.lshr(builder.bitcast(pairs, v.of(16)), shifts), v.constant(31))
+        place = v.place(signature.args[0], *args[:2], 8)
+        builder.store(builder.trunc(fields, place.type.pointee), place).align = 1
+        return context.get_dummy_value()
+
+    return types.void(codes, types.int64, record, types.int64, types.uint16), code
+
+
 def _floats_plainly(lanes: int) -> Callable[..., None]:
     """out[at + i] = number(codes[from_ + i]) * factor, by `Arithmetic`, for so many i."""
 
@@ -214,60 +232,6 @@ def _floats_plainly(lanes: int) -> Callable[..., None]:
         out[at : at + lanes] = ((size | code << how.sign & SIGN).view(F32) + how.zero) * factor
 
     return write
-
-
-def _floats(lanes: int, through: int = 0) -> Callable[..., None]:
-    """`_floats_plainly`, compiled. through : as in `store_product`"""
-
-    def write(typing, out, at, codes, from_, how, factor):
-        def code(context, builder, signature, args):
-            v = _Vectors(lanes, context, builder)
-            shift, magnitude, sign, base, unit, zero = (
-                v.all(builder.extract_value(args[4], i)) for i in range(len(Arithmetic._fields) - 1)
-            )
-            whole = ir.VectorType(ir.IntType(32), lanes)
-
-            def same(number: int) -> Any:
-                return ir.Constant(whole, [number] * lanes)
-
-            found = builder.zext(v.load(signature.args[2], *args[2:4]), whole)
-            bits = builder.shl(builder.and_(found, magnitude), shift)
-            normal = builder.add(bits, base)
-            few = builder.fsub(builder.bitcast(builder.add(normal, same(1 << 23)), v.of(32)), unit)
-            is_few = builder.icmp_unsigned("<", bits, same(1 << 23))
-            size = builder.bitcast(builder.select(is_few, few, builder.bitcast(normal, v.of(32))), whole)
-            signed = builder.or_(size, builder.and_(builder.shl(found, sign), same(1 << 31)))
-            number = builder.fadd(builder.bitcast(signed, v.of(32)), zero)
-            return v.store_product(signature.args[0], *args[:2], number, args[5], through)
-
-        return types.void(out, types.int64, codes, types.int64, how, types.float32), code
-
-    return intrinsic(write)
-
-
-def _past_the_cache_plainly(lanes: int) -> Callable[..., None]:
-    """target[at + i] = source[at + i], for so many i; target[at] lies at a multiple of the vector's size."""
-
-    def write(target, source, at):
-        target[at : at + lanes] = source[at : at + lanes]
-
-    return write
-
-
-def _past_the_cache(lanes: int) -> Callable[..., None]:
-    """`_past_the_cache_plainly`, compiled to stores that do not read what they overwrite."""
-
-    def write(typing, target, source, at):
-        def code(context, builder, signature, args):
-            v = _Vectors(lanes, context, builder)
-            found = builder.load(v.place(signature.args[1], args[1], args[2], 32))
-            found.align = 4
-            one = ir.Constant(ir.FloatType(), 1)
-            return v.store_product(signature.args[0], args[0], args[2], found, one, 4 * lanes)
-
-        return types.void(target, source, types.int64), code
-
-    return intrinsic(write)
 
 
 def _fence_plainly() -> None:
@@ -303,18 +267,12 @@ _sixteen_bytes = _bytes_plainly(16) if INTERPRETED else _bytes(16)
 _eight_bytes = _bytes_plainly(8) if INTERPRETED else _bytes(8)
 
 
-_sixteen_floats = _floats_plainly(16) if INTERPRETED else _floats(16)
-
-
-_sixteen_floats_through = _floats_plainly(16) if INTERPRETED else _floats(16, THROUGH)
-
-
 _spread_1, _spread_2, _spread_3, _spread_4, _spread_5, _spread_6, _spread_7 = (
     _spread_plainly(width) if INTERPRETED else _spread(width) for width in range(1, 8)
 )
 
 
-_store_past_the_cache = _past_the_cache_plainly(16) if INTERPRETED else _past_the_cache(16)
+_spread_fives = _fives_plainly if INTERPRETED else _fives
 
 
 _wait_for_stores = _fence_plainly if INTERPRETED else _fence

@@ -1,0 +1,113 @@
+"""Compiled kernels in files: processes that fill them at once, and files of other versions."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from numba.core.dispatcher import Dispatcher
+
+from packfmt import kernels
+from packfmt.kernels.cache import Files, njit
+
+STAMP = (1.5, 100)
+KEYS = [((f"Form({i})",), ("x86_64", "some processor"), ("body", "closure")) for i in range(150)]
+FILL = """
+import random, sys
+from tests.test_kernel_cache import KEYS, Files, STAMP
+folder, seed = sys.argv[1:]
+files = Files(folder, "f-1.py311", STAMP)
+random.Random(seed).shuffle(KEYS)
+print("ready", flush=True)
+sys.stdin.readline()
+for key in KEYS:
+    if files.load(key) is None:
+        files.save(key, ("code of", key[0]))
+"""
+
+
+class Field:
+    """What unpickles in this version alone."""
+
+
+@njit(cache=True, nogil=True)
+def _twice(x):
+    return 2 * x
+
+
+def test_two_processes_that_fill_a_cache_at_once_leave_each_kernel_its_own_code(tmp_path):
+    command = [sys.executable, "-c", FILL, str(tmp_path)]
+    root = Path(__file__).parents[1]
+    both = [
+        subprocess.Popen([*command, seed], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for seed in "12"
+    ]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in both:
+        process.communicate()
+        assert process.returncode == 0
+    files = Files(str(tmp_path), "f-1.py311", STAMP)
+    assert [files.load(key) for key in KEYS] == [("code of", key[0]) for key in KEYS]
+
+
+def test_code_of_another_source_or_another_kernel_is_not_used(tmp_path):
+    files = Files(str(tmp_path), "f-1.py311", STAMP)
+    assert files.load(KEYS[0]) is None
+    files.save(KEYS[0], "code")
+    assert files.load(KEYS[0]) == "code"
+    assert Files(str(tmp_path), "f-1.py311", (2.5, 100)).load(KEYS[0]) is None
+    (written,) = tmp_path.iterdir()
+    written.rename(tmp_path / files._name(KEYS[1]))
+    assert files.load(KEYS[1]) is None
+
+
+def test_a_file_that_no_longer_unpickles_is_compiled_anew(tmp_path, monkeypatch):
+    files = Files(str(tmp_path), "f-1.py311", STAMP)
+    files.save(KEYS[0], Field())
+    assert isinstance(files.load(KEYS[0]), Field)
+    monkeypatch.delattr(sys.modules[__name__], "Field")
+    with pytest.raises(AttributeError):
+        pickle.loads(next(tmp_path.iterdir()).read_bytes())
+    assert files.load(KEYS[0]) is None
+    files.save(KEYS[0], "code")
+    next(tmp_path.iterdir()).write_bytes(b"\x80\x05cut short")
+    assert files.load(KEYS[0]) is None
+
+
+def test_flushing_deletes_the_forms_of_one_function_alone(tmp_path):
+    files, other = (Files(str(tmp_path), f"{name}-1.py311", STAMP) for name in "fg")
+    for key in KEYS[:3]:
+        files.save(key, "code")
+        other.save(key, "code")
+    files.flush()
+    assert [files.load(key) for key in KEYS[:3]] == [None] * 3
+    assert [other.load(key) for key in KEYS[:3]] == ["code"] * 3
+
+
+@pytest.mark.kernels
+def test_a_function_is_compiled_and_kept():
+    assert _twice(3) == 6
+    if isinstance(_twice, Dispatcher):  # else Numba is told to compile nothing
+        assert isinstance(_twice._cache._cache_file, Files)
+
+
+def test_all_kernels_are_kept_so():
+    names = [
+        m.name for m in pkgutil.iter_modules(kernels.__path__, "packfmt.kernels.") if not m.name.endswith(".cache")
+    ]
+    assert names
+    for name in names:
+        module = importlib.import_module(name)
+        assert "numba import njit" not in Path(module.__file__).read_text(), f"{name}: take njit from kernels.cache"
+        for value in vars(module).values():
+            if isinstance(value, Dispatcher):
+                assert isinstance(value._cache._cache_file, Files), f"{name}: {value} is kept by Numba's own files"
