@@ -69,7 +69,7 @@ $(VENV)/.demo: $(VENV)/.package
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable '.[check,clients]'
+	$(PIP) --editable '.[check,clients,dask]'
 	touch $@
 
 clean:

@@ -246,13 +246,8 @@ def _flat(layout: Layout) -> tuple[Layout, int]:
         return layout, 1
     rows, plane, cols, *byte = layout.axes
     (home,) = layout.components
-    _check(
-        isinstance(home, Component)
-        and plane.size
-        and not plane.of
-        and len(byte) == (home.cell and layout.grid.name == "plane_base3")
-    )
-    assert isinstance(home, Component)
+    if not isinstance(home, Component) or plane.of or len(byte) != (layout.grid.name == "plane_base3"):
+        raise Unfit
     ((_, block),) = [(d.axis, d.stride) for d in home.over if d.axis == cols.name]
     params = dict(layout.grid.params)
     ratio = params.pop("ratio")
@@ -486,8 +481,14 @@ def _unpacked_source(layout: Layout, shape: tuple[int, int], components: Arrays)
         streams, size, count = [(0, 16, FIVES, 0, 0)], 10, 16
     elif codes.itemsize != 1 or records.shape[1] * (4 if layout.grid.name == "quads" else 1) != shape[1]:
         return None
-    tables = (np.array(table, np.int64).reshape(-1, n) for table, n in ((runs, 7), (streams, 5), ([], 4)))
-    return records, Places(size, count, *tables, np.uint8([]))
+    return records, Places(
+        size,
+        count,
+        np.array(runs, np.int64).reshape(-1, 7),
+        np.array(streams, np.int64).reshape(-1, 5),
+        np.zeros((0, 4), np.int64),
+        np.zeros(0, np.uint8),
+    )
 
 
 # ---------------------------------------------------------------- numbers
@@ -539,7 +540,7 @@ def _scales(flat: Layout, layout: Layout, planes: int) -> Callable[[tuple[int, i
         _check(planes == 1)
         cells = None
     _check(name != "either" or (dtype.name.startswith("float8") and table is not None))
-    _check(not ratio or (cells and cells.count == 1))
+    _check(planes == 1 or (cells and cells.count == (1 if ratio else planes)))  # in the order of the codes
 
     def find(shape: tuple[int, int], components: Arrays) -> Scaling | None:
         rows, cols = shape
@@ -702,7 +703,7 @@ def _formula(layout: Layout, planes: int) -> Formula:
         return bool(blocks.finishes(numbers, way, planes, cols, cols * planes // groups))
 
     def write(records: Bytes, places: Places, scale: Floats, out: Array, **options: Any) -> bool:
-        return bool(blocks.weights(records, places, scale, out, numbers, way, planes, **options))
+        return bool(blocks.decode(records, places, scale, out, numbers, way, planes, **options))
 
     return Formula(write, finishes, planes)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, lru_cache
-from itertools import combinations, pairwise
+from itertools import accumulate, combinations, pairwise
 from math import lcm, prod
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -112,7 +112,12 @@ def tiled(layout: Layout, shape: Shape, components: Arrays, form: str = "") -> D
     if of is None or tile is None:
         raise LayoutError(f"{layout.name} has no tiling")
     fitted = tile.layout.fit(*shape)
-    out: Dense = {c.name: pages.empty(c.nbytes).view(dtype_of(c.dtype)).reshape(c.shape) for c in fitted.components}
+    sizes = [-(-c.nbytes // pages.LINE) * pages.LINE for c in fitted.components]
+    room = pages.empty(sum(sizes))  # one stretch: so small components, too, lie on large pages
+    out: Dense = {
+        c.name: room[begin : begin + c.nbytes].view(dtype_of(c.dtype)).reshape(c.shape)
+        for c, begin in zip(fitted.components, accumulate(sizes, initial=0), strict=False)
+    }
     plan = _planned(layout, shape, form) if all(shape) else None
     parts = placement.unpack(layout, shape, components, plan.found if plan else frozenset())  # checks all components
     if plan:

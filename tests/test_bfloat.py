@@ -127,9 +127,9 @@ def test_looked_up_numbers_are_rounded_once(through: bool, rows_of_scales: int) 
         wide, few = np.full(5 * 256 + start, 7, F32), np.full(5 * 256 + start, 7, np.uint16)
         for out in (wide[start:].reshape(5, 256), few[start:].reshape(5, 256)):
             as_found = (lambda out=out: out) if out.dtype == F32 else (lambda out=out: out.view(BF16))
-            assert blocks.weights(records, FOUR_BITS, scale, out, numbers, through=through)
+            assert blocks.decode(records, FOUR_BITS, scale, out, numbers, through=through)
             assert_same(as_found(), wanted)
-            assert blocks.weights(records, FOUR_BITS, scale, out, whole, through=through)
+            assert blocks.decode(records, FOUR_BITS, scale, out, whole, through=through)
             assert_same(as_found(), steps)
         assert (wide[:start] == 7).all() and (few[:start] == 7).all()
 

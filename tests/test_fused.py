@@ -22,6 +22,7 @@ from packfmt import codecs, fused, grids, minifloat
 from packfmt.errors import LayoutError
 from packfmt.kernels import blocks as kernel
 from packfmt.kernels.blocks import Places
+from packfmt.kernels.vectors import INTERPRETED
 from packfmt.layout import (
     COLS,
     ROWS,
@@ -112,6 +113,17 @@ def scaled(element: str, scale: str = "", global_scale: str = "") -> Grid:
     return grid("scaled", element=element, scale=scale, global_scale=global_scale)
 
 
+def planes(count: int, wide: int, *scale: Digit) -> Layout:
+    """Planes of trits in cells of so many columns."""
+    each = Digit("plane", 1, count)
+    codes = Codes("codes", 2, (each, cols(1, wide // 4)), (cols(wide // 4, 4),))
+    cell = (codes, Values("scale", "<f2", (each, *scale)))
+    numbers = grid("planes", zero=1, ratio=0)
+    return Layout(
+        "toy", (Component("blocks", (rows(), cols(wide)), cell),), numbers, (ROWS, Axis("plane", size=count), COLS)
+    )
+
+
 # layouts that no codec has, each with a way of lying that a kernel must find out
 TOYS = {
     "nibbles side by side, a byte a cell": apart(NIBBLES, PER_16),
@@ -175,6 +187,8 @@ TOYS = {
     "numbers that scale, and one that divides": apart_with_whole(NIBBLES, PER_16, scaled("sm4_f2", "", "divides")),
     "exponents that are NaN at the top": apart(NIBBLES, EXPONENTS, scaled("int4_6/7", "float8_e8m0fnu")),
     "scales that rows share, too": apart(WHOLE_E5M2, RAGGED, scaled("float8_e5m2")),
+    "three planes": planes(3, 16),
+    "planes of a few columns": planes(2, 8),
     "rotated": apart(NIBBLES, PER_16, scaled(E2M1), hadamard=8),
 }
 
@@ -193,6 +207,7 @@ ODD = {
     "a global scale that no rule counts": apart_with_whole(NIBBLES, PER_16, scaled(E2M1)),
     "codes of nine bits": apart(codes_of(Codes("codes", 9, (), (cols(1, 8),), "<u4")), PER_16),
     "a negative code for a level": apart(WHOLE_I1, PER_16, grid("levels", values=tuple(range(256)))),
+    "planes whose scales change within a cell": planes(2, 16, cols(8, 2)),
     "quotients of whole bytes": apart(WHOLE_U1, PER_TENSOR, grid("quotient", zero=1)),
 }
 
@@ -473,9 +488,9 @@ def test_arithmetic_gives_the_numbers_of_a_table(numbers: npt.NDArray[np.float32
         1, 1, np.array([[0, 1, 0, 255, 0, 1, 0]]), *(np.zeros((0, n), np.int64) for n in (5, 4)), np.uint8([])
     )
     got = np.empty(codes.shape, F32)
-    values = numbers if kernel.INTERPRETED else np.full(len(numbers), np.nan, F32)  # compiled, it reads no table
+    values = numbers if INTERPRETED else np.full(len(numbers), np.nan, F32)  # compiled, it reads no table
     known = kernel.Numbers(kernel.COMPUTED, values[None], how, np.int32(0), F32(0), F32(1))
-    assert kernel.weights(codes, places, np.ones((1, 1), F32), got, known)
+    assert kernel.decode(codes, places, np.ones((1, 1), F32), got, known)
     assert got.tobytes() == numbers[codes].tobytes()
 
 

@@ -12,5 +12,10 @@ from packfmt.kernels import quantize
 from packfmt.layout import DENSE, dtype_of
 
 LAYOUT = DENSE["bf16"]
+DTYPE = dtype_of("bfloat16")
 
-CODEC = Codec(LAYOUT, {"cast": partial(quantize.cast, name="bf16", dtype=dtype_of("bfloat16"), wider="f32")})
+CODEC = Codec(
+    LAYOUT,
+    {"cast": partial(quantize.cast, name="bf16", dtype=DTYPE, wider="f32")},
+    fast={"cast": partial(quantize.narrowed, dtype=DTYPE)},
+)

@@ -12,5 +12,10 @@ from packfmt.kernels import quantize
 from packfmt.layout import DENSE, dtype_of
 
 LAYOUT = DENSE["f16"]
+DTYPE = dtype_of("<f2")
 
-CODEC = Codec(LAYOUT, {"cast": partial(quantize.cast, name="f16", dtype=dtype_of("<f2"), wider="bf16")})
+CODEC = Codec(
+    LAYOUT,
+    {"cast": partial(quantize.cast, name="f16", dtype=DTYPE, wider="bf16")},
+    fast={"cast": partial(quantize.narrowed, dtype=DTYPE)},
+)

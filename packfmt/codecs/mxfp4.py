@@ -9,6 +9,8 @@ Bytes, rounding and worked example: spec/formats/mxfp4.md
 
 from __future__ import annotations
 
+from functools import partial
+
 from packfmt.codec import Codec
 from packfmt.kernels import fp4, quantize
 from packfmt.layout import Codes, Values, blocks, cols, grid
@@ -31,4 +33,9 @@ LAYOUT = blocks(
     also=(("gguf", "MXFP4"),),
 )
 
-CODEC = Codec(LAYOUT, {"best": fp4.mxfp4, "ggml": quantize.mxfp4}, ("best",))
+CODEC = Codec(
+    LAYOUT,
+    {"best": fp4.mxfp4, "ggml": quantize.mxfp4},
+    ("best",),
+    fast={"best": fp4.mxfp4_records, "ggml": partial(quantize.records, name="mxfp4")},
+)

@@ -7,6 +7,8 @@ Bytes, rounding and worked example: spec/formats/q4_0.md
 
 from __future__ import annotations
 
+from functools import partial
+
 from packfmt.codec import Codec
 from packfmt.kernels import quantize
 from packfmt.layout import Codes, Values, blocks, cols, grid
@@ -25,4 +27,4 @@ LAYOUT = blocks(
     also=(("gguf", "Q4_0"),),
 )
 
-CODEC = Codec(LAYOUT, {"ggml": quantize.q4_0})
+CODEC = Codec(LAYOUT, {"ggml": quantize.q4_0}, fast={"ggml": partial(quantize.records, name="q4_0")})

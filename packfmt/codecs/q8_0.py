@@ -7,6 +7,8 @@ Bytes, rounding and worked example: spec/formats/q8_0.md
 
 from __future__ import annotations
 
+from functools import partial
+
 from packfmt.codec import Codec
 from packfmt.kernels import quantize
 from packfmt.layout import Values, blocks, cols, grid
@@ -24,4 +26,4 @@ LAYOUT = blocks(
     also=(("gguf", "Q8_0"),),
 )
 
-CODEC = Codec(LAYOUT, {"ggml": quantize.q8_0})
+CODEC = Codec(LAYOUT, {"ggml": quantize.q8_0}, fast={"ggml": partial(quantize.records, name="q8_0")})

@@ -167,7 +167,7 @@ def arithmetic(values: np.ndarray) -> Arithmetic | None:
     return None
 
 
-def weights(
+def decode(
     records: np.ndarray,
     places: Places,
     scale: np.ndarray,
@@ -218,7 +218,7 @@ def weights(
 
 
 def finishes(numbers: Numbers, way: str, planes: int, cols: int, group: int) -> bool:
-    """Whether `weights` can write bfloat16, or past the cache. group : columns that share a scale"""
+    """Whether `decode` can write bfloat16, or past the cache. group : columns that share a scale"""
     if INTERPRETED or numbers.kind == PLAIN:
         return False
     return _once_a_group(numbers, way, planes, group) or (way == "times" and (planes == 1 or group % 16 == 0))
@@ -253,7 +253,7 @@ def quads(
     stride: int,
     through: bool = False,
 ) -> None:
-    """w = values[code][lane] * scale: one float32 product. values (codes, 4) float32, others as in `weights`.
+    """w = values[code][lane] * scale: one float32 product. values (codes, 4) float32, others as in `decode`.
 
     Lane p of quad g is column g % stride + p * stride of the chunk g // stride of 4 * stride columns; a
     group holds whole chunks.
@@ -388,7 +388,7 @@ def _converting(kind: str, narrow: bool, through: bool, version: str) -> Any:
 
 @cache
 def _looking_up(way: str, narrow: bool, through: bool, version: str) -> Any:
-    """The loop of `weights` for sixteen values. version : part of the key under which compiled code is kept"""
+    """The loop of `decode` for sixteen values. version : part of the key under which compiled code is kept"""
     divides, digits, chosen = way == "divides", way == "digits", way == "which"
 
     @njit(cache=True, nogil=True)
@@ -419,7 +419,7 @@ def _looking_up(way: str, narrow: bool, through: bool, version: str) -> Any:
 
 @cache
 def _computing(kind: int, planes: int, narrow: bool, through: bool, version: str) -> Any:
-    """The loop of `weights` for other values. version : part of the key under which compiled code is kept"""
+    """The loop of `decode` for other values. version : part of the key under which compiled code is kept"""
 
     @njit(cache=True, nogil=True)
     def _compute(records, places, numbers, scale, out, codes, wide):
@@ -543,7 +543,7 @@ def _times_table(tables, at, factor, narrow):
     return (_to_bfloat(low), _to_bfloat(high)) if narrow else (low, high)
 
 
-def _store(context: Any, builder: Any, out: types.Array, array: Any, at: Any, found: Any, through: Any) -> None:
+def _store(context: Any, builder: Any, out: Any, array: Any, at: Any, found: Any, through: Any) -> None:
     """Numbers by their bits to the items of an array from `at` on; of uint16 the lower halves.
 
     through : whether past the cache, where the place is a multiple of LINE: that does not read what it overwrites
@@ -773,7 +773,7 @@ def _affine_straight(records, places, zero, scale, out):
 
 
 def _plainly(records, places, codes, values, which, way, planes, scale, out):
-    """`weights`, one by one. Returns whether it is well defined."""
+    """`decode`, one by one. Returns whether it is well defined."""
     digits = way == "digits"
     with np.errstate(all="ignore"):
         return _one_by_one(records, places, codes, values, which, way == "divides", digits, planes, scale, out)
