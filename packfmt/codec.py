@@ -231,7 +231,7 @@ class Codec:
     remark : what encoders do to a weight that a user should know
     shared : encoders that also take `peak`, for several tensors can have one scale in common
     least_cols : columns that a weight must have at least
-    whole : encoders whose choice for a row depends on other rows, though no part of the layout says so
+    together : encoders that look at so many rows together (0: at all), though no part of the layout says so
     """
 
     layout: Layout
@@ -241,7 +241,7 @@ class Codec:
     remark: Remark | None = None
     shared: tuple[str, ...] = ()
     least_cols: int = 0
-    whole: tuple[str, ...] = ()
+    together: Mapping[str, int] = field(default_factory=dict)
 
     def encode(
         self,

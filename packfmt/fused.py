@@ -325,9 +325,9 @@ def _cells(layout: Layout, part: str) -> Cells:
     _check(
         [a.of for a in layout.axes[:2]] == ["rows", "cols"] and all(a.per == 1 or a.of == "cols" for a in layout.axes)
     )
-    _check(all(a.pad == 1 and not a.plus for a in layout.axes) and layout.block["rows"] == 1)
+    _check(all(a.pad == 1 and not a.plus for a in layout.axes))
     (home,) = {c.name: c for c, m, _ in layout.members() if m.name == part}.values()
-    fitted = layout.fit(1, layout.block["cols"])
+    fitted = layout.fit(layout.block["rows"], layout.block["cols"])
     placed = next(c for c in fitted.components if c.name == home.name)
     members = tuple(m for m in placed.members if m.part == part)
     _check(all(d.size != REST and d.stride != TOP for m in home.cell for d in _inside(m)))
@@ -579,7 +579,7 @@ def _scales(flat: Layout, layout: Layout, planes: int) -> Callable[[tuple[int, i
             with np.errstate(all="ignore"):
                 if values is not None:
                     return _blocks().look_up(mine, each, offset, count, values)  # type: ignore[no-any-return]
-                found = few(mine).view(dtype).astype(F32)
+                found = _widened(few(mine), dtype)
                 found = combine(found, factor) if combine else found
                 return (found[..., None] * tied).reshape(len(mine), -1) if ratio else found
 
@@ -601,6 +601,16 @@ def _scales(flat: Layout, layout: Layout, planes: int) -> Callable[[tuple[int, i
         return Scaling(ranged(scales), groups)
 
     return find
+
+
+def _widened(stored: Array, dtype: np.dtype[Any]) -> Floats:
+    """Whole numbers of the dtype's size, the bits of its numbers, as float32."""
+    if dtype.name not in ("float16", "bfloat16"):
+        return stored.view(dtype).astype(F32)
+    out = np.empty(stored.shape, F32)
+    numbers = stored.view(dtype) if dtype.name == "float16" else stored
+    _blocks().convert(numbers.reshape(-1), out.reshape(-1))
+    return out
 
 
 def _doubled(layout: Layout, shape: tuple[int, int], components: Arrays, scales: Ranged, groups: int) -> Scaling | None:

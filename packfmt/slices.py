@@ -47,7 +47,8 @@ def unit(layout: Layout, shape: Shape) -> int:
     if found is None or layout.streams:
         return 0
     steps = [cut.rows for cut in found.values() if cut]
-    return lcm(*steps, layout.block["rows"]) if steps else 0
+    padded = [a.pad * a.per for a in layout.axes if a.of == "rows"]  # slices before the last have no padding
+    return lcm(*steps, *padded, layout.block["rows"]) if steps else 0
 
 
 @lru_cache(maxsize=1024)
@@ -99,7 +100,7 @@ def spans(layout: Layout, shape: Shape, start: int, stop: int) -> dict[str, list
         if cut is None:
             out[name] = [Span(0, whole[name])]
             continue
-        first, last = start // cut.rows, -(-stop // cut.rows)
+        first, last = start // cut.rows, cut.steps if stop == shape[0] else stop // cut.rows  # with the padding
         run = [Span((i * cut.steps + first) * cut.nbytes, (last - first) * cut.nbytes) for i in range(cut.before)]
         out[name] = [Span(0, whole[name])] if last - first == cut.steps else run
     return out

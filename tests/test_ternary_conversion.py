@@ -281,7 +281,7 @@ def write_gguf(path: Path, blocks: Array) -> None:
     path.write_bytes(head.ljust(-(-len(head) // 32) * 32, b"\0") + blocks.tobytes())
 
 
-def test_a_request_to_terminate_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_after_a_request_to_terminate_the_conversion_goes_on(tmp_path: Path) -> None:
     tensors = {f"{i}.weight": normal(1024, 1024, seed=i) for i in range(12)}
     source = folder(tmp_path / "dense", tensors)
     code = "import sys; from packfmt.cli import main; sys.argv = ['packfmt', *sys.argv[1:]]; main()"
@@ -292,5 +292,8 @@ def test_a_request_to_terminate_leaves_nothing_behind(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.terminate()
     said = process.communicate(timeout=60)[1]
-    assert (process.returncode, said) == (130, "packfmt: interrupted; nothing was left half-written\n")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+    told = "packfmt: interrupted; what is done lies in out.partial, --resume goes on\n"
+    assert (process.returncode, said) == (130, told)
+    assert not (tmp_path / "out").exists()
+    subprocess.run([*words, "--resume"], check=True, capture_output=True, timeout=300)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out"]

@@ -98,7 +98,8 @@ def main(layout: str = "mxfp4", count: int = 64) -> None:
     job = _Job(plan, Path("out"), {"conversion": {"plan": plan.to_json()}}, {}, 1 << 30)
     slices = sum(len(cut(at, step)) for at, step in enumerate(plan.steps))
     print(f"{layout}, {count} workers of {CORES} cores")
-    print(f"tensors {len(plan.steps):,}, slices {slices:,}, files {len(set().union(*files))}, of several tasks {shared}")
+    every = len(set().union(*files))
+    print(f"tensors {len(plan.steps):,}, slices {slices:,}, files {every}, of several tasks {shared}")
     print(f"read {sum(read) / 1e9:,.0f} GB, written {sum(wrote) / 1e9:,.0f} GB")
     print(f"a task reads {min(read) / 1e9:.2f} to {max(read) / 1e9:.2f} GB, writes {min(wrote) / 1e9:.2f} to "
           f"{max(wrote) / 1e9:.2f} GB")  # fmt: skip
@@ -118,4 +119,4 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))
+    main(sys.argv[1] if len(sys.argv) > 1 else "mxfp4", int(sys.argv[2]) if len(sys.argv) > 2 else 64)

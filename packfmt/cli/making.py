@@ -109,10 +109,9 @@ def convert(
         costs = _importance(importance) if importance else {}
         watch = show.progress(_bytes_to_read(plan, part), json, json_progress)
         workers = nullcontext() if scheduler is None else cluster.executor(scheduler)
-        place = target if scheduler is None else target.absolute()  # workers stand elsewhere
         with _stoppable(target, scheduler is not None), workers as executor, watch as done:
             report = work.run(
-                plan, model, place, check=verify, force=force, progress=done, importance=costs, memory=room,
+                plan, model, target, check=verify, force=force, progress=done, importance=costs, memory=room,
                 resume=resume, task=part, executor=executor, tasks=tasks or TASKS,
             )  # fmt: skip
         behind = list(model.extras.files) if target.is_file() else []
@@ -305,6 +304,7 @@ def _check_ways(ways: Mapping[str, object], dry_run: bool, verify: bool, tasks: 
 @contextmanager
 def _stoppable(target: Path, elsewhere: bool = False) -> Iterator[None]:
     """An interrupted conversion says how it goes on, if anything of it is left."""
+    from packfmt.conversion import journal
     from packfmt.exporters.whole import partial_of
 
     try:
@@ -313,7 +313,7 @@ def _stoppable(target: Path, elsewhere: bool = False) -> Iterator[None]:
         partial = partial_of(target)
         when = ", when workers have ended the parts they have begun" if elsewhere else ""
         left = f"interrupted; what is done lies in {partial.name}, --resume goes on{when}"
-        raise typer.Abort(left if partial.exists() else "") from None
+        raise typer.Abort(left if partial.exists() or journal.paths(target) else "") from None
 
 
 def _bytes_to_read(plan: Plan, part: Task | None = None) -> int:

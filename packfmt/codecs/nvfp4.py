@@ -156,7 +156,9 @@ def _codec(layout: Layout, *parity: str, down: bool = False) -> Codec:
     divides, e4m3 = layout.grid["global_scale"] == "divides", not layout.grid["scale"]
     choice: dict[str, Any] = {"divides": divides}
     function = partial(_down, **choice) if down else partial(_encode, e4m3=e4m3, **choice)
-    return Codec(layout, {r: partial(function, rule=r) for r in rules}, ("best", "tiles"), shared=rules)
+    together = {} if down else {"tiles": BLOCK}
+    encoders = {r: partial(function, rule=r) for r in rules}
+    return Codec(layout, encoders, ("best", "tiles"), shared=rules, together=together)
 
 
 CODECS = {

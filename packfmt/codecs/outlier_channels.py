@@ -40,7 +40,7 @@ def codec(name: str) -> Codec:
         also=(),
     )
     encoders = {rule: partial(_apart, encoder=e, count=count, name=name) for rule, e in base.encoders.items()}
-    return Codec(layout, encoders, base.weighted, least_cols=count, whole=base.whole)
+    return Codec(layout, encoders, base.weighted, least_cols=count, together=base.together)
 
 
 def _apart(

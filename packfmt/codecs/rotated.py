@@ -36,7 +36,7 @@ def codec(name: str) -> Codec:
     encoders = {
         rule: partial(_rotated, encoder=encoder, size=size, name=name) for rule, encoder in base.encoders.items()
     }
-    return Codec(layout, encoders, whole=base.whole)
+    return Codec(layout, encoders, together=base.together)
 
 
 def _rotated(weight: np.ndarray, encoder: Encoder, size: int, name: str) -> dict[str, np.ndarray]:

@@ -110,7 +110,7 @@ T32_S16 = _tile("sherry_t32_s16", 16, APART)
 
 Weights = np.ndarray
 WEIGHTED = ("mean", "row", "tensor")
-WHOLE = ("tensor",)  # one scale for all rows, though each group has a place for its own
+TOGETHER = {"tensor": 0}  # one scale for all rows, though each group has a place for its own
 
 
 def _row_parts(weight: Weights, **choice: Any) -> dict[str, Weights]:
@@ -157,7 +157,7 @@ def _codec(
     if amax:
         encoders["amax"] = partial(parts, scale_rule="amax")
     fast = {"mean": partial(ternary_blocks.sherry, stride=stride, block=block)} if block else {}
-    return Codec(layout, encoders, WEIGHTED, fast, _remark(stride, group), whole=WHOLE)
+    return Codec(layout, encoders, WEIGHTED, fast, _remark(stride, group), together=TOGETHER)
 
 
 def _side(stride: int, group: int) -> Callable[..., dict[str, Weights]]:
@@ -169,7 +169,7 @@ PER_ROW_CODEC = Codec(
     {"mean": _row_parts, "tensor": partial(_row_parts, share="tensor")},
     ("mean", "tensor"),
     remark=_remark(1, 0),
-    whole=WHOLE,
+    together=TOGETHER,
 )
 CODECS = {
     "sherry": _codec(SHERRY, _side(1, 256), 1, 256, 256, amax=True),

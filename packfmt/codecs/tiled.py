@@ -52,7 +52,7 @@ def codec(name: str) -> Codec:
     layout = replace(found.layout, purpose=purpose, sources=base.layout.sources)
     encoders = {rule: partial(_tiled, base=base, rule=rule, layout=layout, form=form) for rule in base.encoders}
     fast = {rule: partial(_at_once, base=base, rule=rule, form=form) for rule in base.fast}
-    return Codec(layout, encoders, base.weighted, fast, base.remark, base.shared, base.least_cols, base.whole)
+    return Codec(layout, encoders, base.weighted, fast, base.remark, base.shared, base.least_cols, base.together)
 
 
 def meant(name: str) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Executor, wait
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -138,6 +138,8 @@ def merge(target: Path, *, check: bool = False, force: bool = False) -> Report:
     begin = time.perf_counter()
     found = journals.all_of(target)
     if not found:
+        if target.exists():
+            raise PlanError(f"{target}: is whole already; there is nothing to merge")
         raise PlanError(f"{target}: no task has written here; run packfmt convert ... --task 1/N first")
     told = next(iter(found.values()))
     opened = told.begin["source"]
@@ -220,7 +222,8 @@ class _Job:
         self, executor: Executor, count: int, progress: Progress | None, resume: bool
     ) -> Iterator[PackfmtError | None]:
         """What was wrong with each task, in their order; when there is one with an error, none that runs is left."""
-        futures = [executor.submit(_do_elsewhere, self, Task(n, count), resume) for n in range(1, count + 1)]
+        job = replace(self, target=self.target.absolute())  # workers are in folders of their own
+        futures = [executor.submit(_do_elsewhere, job, Task(n, count), resume) for n in range(1, count + 1)]
         said: dict[Path, Told] = {}
         told: dict[int, int] = {}
         try:

@@ -48,19 +48,17 @@ def rows_at_once(step: Step) -> int:
     """
     shape = matrix(step.shape)
     units = [slices.unit(layout, shape) for layout in (step.before, step.layout)]
-    if not all(units):
-        return 0
     common = slices.shared(step.layout)
     if step.action in ("repack", RESCALE):
         moved = only_places(step.before, step.layout, step.shape) or only_inverts(step.before, step.layout, step.shape)
         good = moved or not common
     elif step.encoder:
         codec = codecs.get(step.layout.name)
-        known = not common or (step.encoder in codec.shared and common == {"global_scale"})
-        good = known and step.encoder not in codec.whole
+        good = not common or (step.encoder in codec.shared and common == {"global_scale"})
+        units.append(codec.together.get(step.encoder, 1))
     else:
         good = True  # the same bytes, or decoded
-    return lcm(*units) if good else 0
+    return lcm(*units) if good else 0  # also where one of them is 0
 
 
 def cut(at: int, step: Step, room: int = ROOM, start: int = 0, end: int | None = None) -> list[Slice]:

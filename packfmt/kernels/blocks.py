@@ -183,15 +183,20 @@ def decode(
     Parameters
     ----------
     records : (rows, bytes) uint8
+    places : where codes lie in a record
     scale : (rows or 1, groups * planes) float32, the planes of a group one after the other
     out : (rows, cols) float32, written; or uint16, the bits of bfloat16, where it `finishes`
+    numbers : what codes stand for
     way : "times"; "divides", by the scale; "digits": every code stands for a number of each table, and w is the sum
-        of their products; "which": the table `which` (rows or 1, groups) uint8 counts
+        of their products; "which": of the tables, the one that `which` says
     planes : codes of a group lie one plane after the other, and w is the sum of their products, planes in order
+    which : (rows or 1, groups) uint8, the table of each group
     through : whether to write past the cache, where it `finishes`
 
-    Returns whether that is well defined: not if neither a code nor its scale is a number, for which of the two
-    survives is the processor's choice.
+    Returns
+    -------
+    well_defined : False if neither a code nor its scale is a number, for which of the two survives is the processor's
+        choice
     """
     cols, each = out.shape[1], 1 if way == "digits" else planes
     group = cols * planes // scale.shape[1]
