@@ -139,7 +139,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
             "--scheduler: nothing is done in a dry run",
         ),
         ("merge {out}", "{out}: no task has written here; run packfmt convert ... --task 1/N first"),
-        ("merge {model}", "{model}: no task has written here"),
+        ("merge {model}", "{model}: is whole already; there is nothing to merge"),
         ("merge", "Missing argument"),
     ],
 )

@@ -222,9 +222,10 @@ def test_force_does_not_delete_what_packfmt_did_not_write(model: Path, tmp_path:
 def test_a_folder_that_is_called_as_what_is_replaced_is_not_deleted(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out.replaced").mkdir()
     (tmp_path / "out.replaced" / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(PlanError, match=r"out\.replaced: is in the way of replacing out; move it elsewhere"):
-        conversion.convert(model, tmp_path / "out", "q8_0")
-    assert left(tmp_path) == ["out.replaced"] and (tmp_path / "out.replaced" / "cat.jpg").read_bytes() == b"cat"
+    conversion.convert(model, tmp_path / "out", "q8_0")
+    conversion.convert(model, tmp_path / "out", "q4_0", force=True)
+    assert left(tmp_path) == ["out", "out.replaced"]
+    assert (tmp_path / "out.replaced" / "cat.jpg").read_bytes() == b"cat"
 
 
 def test_the_source_is_never_its_own_target(model: Path, tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ import pickle
 import pkgutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from numba import config
+from numba.core import caching
 from numba.core.dispatcher import Dispatcher
 
 from packfmt import kernels
@@ -111,3 +114,21 @@ def test_all_kernels_are_kept_so():
         for value in vars(module).values():
             if isinstance(value, Dispatcher):
                 assert isinstance(value._cache._cache_file, Files), f"{name}: {value} is kept by Numba's own files"
+
+
+@pytest.mark.skipif(bool(config.DISABLE_JIT), reason="Numba compiles nothing here")
+def test_where_no_folder_may_be_written_compiled_code_is_kept_among_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [caching.UserProvidedCacheLocator])
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def twice(n):
+        return 2 * n
+
+    assert njit(cache=True, nogil=True)(twice)(21) == 42
+    (private,) = tmp_path.iterdir()
+    assert private.stat().st_mode & 0o777 == 0o700 and list(private.rglob("*.nbc"))
+    private.chmod(0o777)  # anybody could put code there
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    assert njit(cache=True, nogil=True)(twice)(21) == 42
+    assert config.CACHE_DIR == ""

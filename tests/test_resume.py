@@ -422,7 +422,7 @@ def test_what_another_run_left_is_not_written_over(
     with pytest.raises(ContainerError, match=r"a conversion to here was stopped; --resume goes on with it, or remove"):
         convert(model, target)
     for task in (Task(1, 2), Task(2, 2)):
-        with pytest.raises(PlanError, match=r"it was begun without --task; do as before, or remove out\.partial\*"):
+        with pytest.raises(PlanError, match=r"begun without --task; do as before, or remove out\.partial\*"):
             run(model, target, task=task)
     assert {p: hashes(p) for p in tmp_path.glob("out*")} == before
     journal.path_of(target).unlink()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from packfmt import checkpoint, codecs, conversion, slices
 from packfmt.checkpoint import Checkpoint
-from packfmt.codec import Array, PackedTensor, matrix
+from packfmt.codec import Array, PackedTensor
 from packfmt.errors import ContainerError, LayoutError
-from packfmt.layout import DENSE, Layout, dtype_of
+from packfmt.layout import COLS, Axis, Codes, Component, Digit, Layout, cols, dtype_of, grid, rows
 from packfmt.plan import Recipe
 from tests import test_gpt_oss as gpt_oss
 from tests.models import BF16, folder, normal
@@ -39,7 +37,7 @@ def layout_of(name: str) -> Layout:
 def shapes(layout: Layout) -> list[tuple[int, int]]:
     """Some that fit: of several units, and where a layout allows, with a last one that is not full."""
     block = layout.block
-    cols = 48 if "tl2" in layout.name else block["cols"] * -(-1024 // block["cols"])  # of matrices of one size
+    cols = 48 if "tl2" in layout.name else block["cols"] * -(-512 // block["cols"])  # of matrices of one size
     step = max(block["rows"], slices.unit(layout, (block["rows"] * 256, cols)))
     return [(5 * step, cols), (4 * step + block["rows"], cols)]
 
@@ -77,7 +75,12 @@ def test_rows_cut_out_of_any_bytes_have_the_parts_of_the_whole(name: str) -> Non
     for shape in shapes(layout):
         unit, tensor = slices.unit(layout, shape), random_tensor(layout, shape)
         assert 0 < unit < shape[0]
-        for start, stop in (0, unit), (unit, 3 * unit), (2 * unit, shape[0]), (shape[0] // unit * unit - unit, shape[0]):
+        for start, stop in (
+            (0, unit),
+            (unit, 3 * unit),
+            (2 * unit, shape[0]),
+            (shape[0] // unit * unit - unit, shape[0]),
+        ):
             wanted = rows_of_parts(tensor, start, stop)
             for part, array in some(tensor, start, stop).unpack().items():
                 assert array.shape == wanted[part].shape, part
@@ -110,6 +113,27 @@ def test_spans_of_neighbouring_rows_cover_each_byte_once(name: str) -> None:
             shared += cut is None
             assert (times == (1 if cut else -(-shape[0] // unit))).all(), component
         assert bool(shared) <= bool(slices.shared(layout))
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 96, 100])
+def test_only_the_last_slice_has_padding(count: int) -> None:
+    axes = Axis("rows", "rows", pad=32), COLS
+    cell = Codes("codes", 4, (), (cols(1, 2),))
+    layout = Layout("padded", (Component("codes", (rows(), cols(2)), (cell,)),), grid("affine", zero=8), axes)
+    shape = count, 64
+    tensor = random_tensor(layout, shape)
+    assert slices.unit(layout, shape) == 32
+    parts = [(start, some(tensor, start, min(count, start + 32))) for start in range(0, count, 32)]
+    assert [len(part.components["codes"]) for _, part in parts] == [32] * len(parts)
+    assert same(joined(layout, shape, parts), tensor)
+
+
+def test_rows_that_are_counted_down_cannot_be_cut() -> None:
+    cell = Codes("codes", 4, (), (cols(1, 2),))
+    for reverse in False, True:
+        over = Digit("rows", reverse=reverse), cols(2)
+        layout = Layout("turned", (Component("codes", over, (cell,)),), grid("affine", zero=8))
+        assert slices.unit(layout, (8, 64)) == (0 if reverse else 1)
 
 
 def test_which_formats_cannot_be_cut() -> None:
@@ -190,9 +214,9 @@ def test_rows_in_the_middle_of_a_unit_are_refused_with_what_is_needed(tmp_path: 
 
 
 def test_a_tensor_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
-    with checkpoint.open(converted(tmp_path, "mote_4", "out")) as model:
-        with pytest.raises(LayoutError, match=r"rows 0 to 4 of 300 in mote_4, needs all at once$"):
-            model.rows(WEIGHT, 0, 4)
+    needs = pytest.raises(LayoutError, match=r"rows 0 to 4 of 300 in mote_4, needs all at once$")
+    with checkpoint.open(converted(tmp_path, "mote_4", "out")) as model, needs:
+        model.rows(WEIGHT, 0, 4)
 
 
 @pytest.mark.parametrize(("to", "output"), [("q8_0", "out"), ("q8_0", "out.gguf"), ("nvfp4", "out.gguf")])
@@ -208,7 +232,9 @@ def test_a_file_that_shrinks_is_told_when_its_rows_are_read(tmp_path: Path, to: 
         assert found.value.rule == "PF101"
 
 
-@pytest.mark.parametrize(("to", "output"), [("q8_0", "out"), ("nvfp4", "out"), ("q8_0", "out.gguf"), ("nvfp4", "out.gguf")])
+@pytest.mark.parametrize(
+    ("to", "output"), [("q8_0", "out"), ("nvfp4", "out"), ("q8_0", "out.gguf"), ("nvfp4", "out.gguf")]
+)
 def test_check_finds_each_bit_that_flipped_and_reading_rows_does_not(tmp_path: Path, to: str, output: str) -> None:
     path = converted(tmp_path, to, output)
     with checkpoint.open(path) as model:
@@ -245,7 +271,9 @@ def _components(path: Path, name: str) -> list[Array]:
         return list(model[name].components.values())
 
 
-@pytest.mark.parametrize(("to", "output"), [("nvfp4", "out"), ("nvfp4", "out.gguf"), ("ct_int4_g128", "compressed_tensors")])
+@pytest.mark.parametrize(
+    ("to", "output"), [("nvfp4", "out"), ("nvfp4", "out.gguf"), ("ct_int4_g128", "compressed_tensors")]
+)
 def test_threads_read_rows_of_one_file_at_once(tmp_path: Path, to: str, output: str) -> None:
     with checkpoint.open(converted(tmp_path, to, output)) as model:
         wholes = {name: model[name] for name in model}

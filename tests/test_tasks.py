@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def test_a_task_that_is_missing_or_unfinished_is_named(model: Path, tmp_path: Pa
         run(model, target, task=Task(2, 3), progress=interrupting(3))
     with pytest.raises(PlanError, match=r"task 2/3 is not done: \S+ is missing; run it with --task 2/3 --resume"):
         conversion.merge(target)
-    with pytest.raises(ContainerError, match=r"--resume goes on with it, or remove out\.partial\*"):
+    with pytest.raises(ContainerError, match="this task was begun already; --resume goes on with it"):
         run(model, target, task=Task(2, 3))
     run(model, target, task=Task(2, 3), resume=True)
     run(model, target, task=Task(2, 3), resume=True)  # nothing is left to do
@@ -127,9 +128,9 @@ def test_a_task_of_another_plan_is_refused(model: Path, tmp_path: Path) -> None:
     run(model, target, task=Task(1, 2))
     with pytest.raises(PlanError, match=r"cannot go on: plan: steps: \S+: to was nvfp4, now q8_0; do as before, or"):
         run(model, target, "q8_0", task=Task(2, 2))
-    with pytest.raises(PlanError, match=r"cannot go on: 2 tasks were begun; do as before, or remove out\.partial\*"):
+    with pytest.raises(PlanError, match="2 tasks were begun; say --task I/2"):
         run(model, target, task=Task(2, 3))
-    with pytest.raises(PlanError, match=r"cannot go on: 2 tasks were begun"):
+    with pytest.raises(PlanError, match="2 tasks were begun; say --task I/2"):
         run(model, target, resume=True)
     run(model, tmp_path / "other", "q8_0", task=Task(2, 2))  # as if both had begun at once
     shutil.move(tmp_path / "other.partial.journal.2of2", tmp_path / "out.partial.journal.2of2")
@@ -349,3 +350,62 @@ def test_what_cannot_be_encoded_ends_the_tasks_of_a_dask_cluster(tmp_path: Path)
         client.run(slowed_down)
         run(model, target, executor=client.get_executor(pure=False, retries=3), tasks=5)
     assert not target.exists() and beside(target) == []
+
+
+# ---------------------------------------------------------------- workers that are not like the others
+
+
+class Elsewhere(Here):
+    """What `first` does, workers find there when they begin."""
+
+    def __init__(self, first: Callable[[], None]) -> None:
+        self.first = first
+
+    def submit(self, do: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        self.first()
+        return super().submit(do, *arguments, **named)
+
+
+def test_a_worker_that_sees_another_source_is_refused_and_nothing_is_lost(model: Path, tmp_path: Path) -> None:
+    target, file = tmp_path / "out", model / "model.safetensors"
+    with pytest.raises(MachineError, match=r"cannot go on: source: .*model\.safetensors was "):
+        run(model, target, executor=Elsewhere(lambda: os.utime(file, (1, 1))), tasks=2)
+    assert "out.partial.journal.1of2" in beside(target)
+
+
+def test_a_worker_of_another_packfmt_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other() -> None:
+        monkeypatch.setattr(running, "_version", lambda: "99.0")
+
+    with pytest.raises(MachineError, match=r"cannot go on: packfmt was .*, now 99\.0"):
+        run(model, tmp_path / "out", executor=Elsewhere(other), tasks=2)
+
+
+def test_tasks_of_one_packfmt_are_not_merged_by_another(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    for n in (1, 2):
+        run(model, target, task=Task(n, 2))
+    monkeypatch.setattr(running, "_version", lambda: "99.0")
+    with pytest.raises(MachineError, match=r"cannot go on: packfmt was .*, now 99\.0"):
+        conversion.merge(target)
+    monkeypatch.undo()
+    conversion.merge(target)
+    assert target.is_dir()
+
+
+def test_a_late_worker_writes_nothing_where_all_was_removed(model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(MachineError, match="was removed, or is not seen from here"):
+        run(model, target, executor=Elsewhere(lambda: shutil.rmtree(tmp_path / "out.partial", True)), tasks=2)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_source_that_is_rewritten_while_it_is_read_gives_nothing(model: Path, tmp_path: Path) -> None:
+    def rewrite(name: str, nbytes: int) -> None:
+        os.utime(model / "model.safetensors", (1, 1))
+
+    with pytest.raises(ContainerError, match="the source changed while it was read"):
+        run(model, tmp_path / "out", progress=rewrite)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]

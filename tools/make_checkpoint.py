@@ -107,6 +107,8 @@ def make(folder: Path, size: int, shard: int = SHARD) -> None:
 
 
 if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 3:
+    if not 2 <= len(sys.argv) <= 3 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
+    if Path(sys.argv[1]).exists():
+        sys.exit(f"{sys.argv[1]}: exists; choose another folder")
     make(Path(sys.argv[1]), bytes_of(sys.argv[2] if len(sys.argv) > 2 else "1GB"))

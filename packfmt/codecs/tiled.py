@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from packfmt import codecs, placement, retiling, tilings
+from packfmt import codecs, placement, retiling, slices, tilings
 from packfmt.codec import Codec
 from packfmt.errors import PlanError
 from packfmt.layout import Layout
@@ -52,7 +52,11 @@ def codec(name: str) -> Codec:
     layout = replace(found.layout, purpose=purpose, sources=base.layout.sources)
     encoders = {rule: partial(_tiled, base=base, rule=rule, layout=layout, form=form) for rule in base.encoders}
     fast = {rule: partial(_at_once, base=base, rule=rule, form=form) for rule in base.fast}
-    return Codec(layout, encoders, base.weighted, fast, base.remark, base.shared, base.least_cols, base.together)
+    common = slices.shared(base.layout)  # of all rows, though here each tile has its own
+    known = {rule for rule in base.shared if common == {"global_scale"}}
+    whole = dict.fromkeys(base.encoders.keys() - known, 0) if common else {}
+    together = {**base.together, **whole}
+    return Codec(layout, encoders, base.weighted, fast, base.remark, base.shared, base.least_cols, together)
 
 
 def meant(name: str) -> str:

@@ -76,9 +76,6 @@ def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
             f"{target}: a folder that is not known to be packfmt's, or that another ecosystem's reader loads: it may "
             "be the only copy of a model, so --force does not replace it; remove it first, or choose another place"
         )
-    aside = target.with_name(target.name + ".replaced")  # of `whole.give_name`, which deletes it
-    if aside.exists() and not partial_of(target).exists():
-        raise PlanError(f"{aside}: is in the way of replacing {target.name}; move it elsewhere, or remove it")
     folder = target.absolute().parent
     if not folder.is_dir():
         raise PlanError(f"{folder}: no such folder; make it first")

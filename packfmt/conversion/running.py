@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Executor, wait
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -29,7 +28,7 @@ from packfmt.conversion.work import GO_ON, Progress, bytes_of_rows, carry_out
 from packfmt.errors import ContainerError, LayoutError, MachineError, MismatchError, PackfmtError, PlanError
 from packfmt.exporters import beside
 from packfmt.exporters.output import Files
-from packfmt.exporters.whole import give_name, partial_of
+from packfmt.exporters.whole import aside_of, give_name, partial_of, remove
 from packfmt.plan import Plan, from_json
 
 SHRANK = "PF101"  # of a source; whoever puts it back can go on
@@ -121,7 +120,7 @@ def run(
             if not executor:
                 job.do(model, task, files, journal, progress)
             if executor or task.count == 1:
-                _give_name(job, files, journal, check)
+                _give_name(job, model, files, journal, check)
                 notes += _tidy(job, model, journal)
                 written = _written(target)
     return Report(plan, target, _source_bytes(model), written, time.perf_counter() - begin, tuple(notes))
@@ -149,6 +148,7 @@ def merge(target: Path, *, check: bool = False, force: bool = False) -> Report:
         data = {"source": opened["path"], **told.begin["conversion"]["plan"]}
         plan = from_json(data, model.index, exporters.get(data["container"]), codecs.get)
         job = _Job(plan, target, told.begin, {}, 0)
+        job.check_same(model)
         if journal := _named_already(target):
             with closing(journal):
                 notes = _tidy(job, model, journal)
@@ -156,7 +156,7 @@ def merge(target: Path, *, check: bool = False, force: bool = False) -> Report:
             may_write(plan, model, target, force)
             job.done(told.tasks)
             with closing(job.files(model)) as files, closing(job.journal(files, Task(1, told.tasks), True)) as journal:
-                _give_name(job, files, journal, check)
+                _give_name(job, model, files, journal, check)
                 notes = _tidy(job, model, journal)
         return Report(plan, target, _source_bytes(model), _written(target), time.perf_counter() - begin, tuple(notes))
 
@@ -192,6 +192,18 @@ class _Job:
             raise
         return journal
 
+    def check_same(self, model: Checkpoint) -> None:
+        """Refuse to go on with another packfmt, or another source, than the conversion was begun with.
+
+        Raises
+        ------
+        MachineError
+            What is different is said.
+        """
+        now = {"packfmt": _version(), "source": _files(model)}
+        if what := journals.changed({key: self.told["conversion"][key] for key in now}, now):
+            raise MachineError(f"{self.target}: cannot go on: {what}")
+
     def do(self, model: Checkpoint, task: Task, files: Files, journal: Journal, progress: Progress | None) -> None:
         """Do one task: write its part of the partial output, and note it."""
         alone = _removed_if_useless(files, lambda: journal.remove(self.target))
@@ -206,7 +218,8 @@ class _Job:
         """Let an executor's workers do all tasks; progress is what their journals say."""
         if not resume and (found := journals.all_of(self.target)):
             raise journals.left(next(iter(found)))
-        self._check_left(files, Task(1, count))
+        self.journal(files, Task(1, count), resume).close()
+        files.make()  # without it no worker begins: one that is late, after all was removed, leaves nothing
         with _removed_if_useless(files, lambda: journals.remove(self.target)):
             try:
                 for error in self._results(executor, count, progress, resume):
@@ -256,10 +269,14 @@ class _Job:
             If a task is not done, or was one of another conversion.
         """
         found, done = journals.all_of(self.target), dict[int, Done]()
-        for task in (Task(n, count) for n in range(1, count + 1)):
-            told = found.get(journals.path_of(self.target, task))
-            if not told:
-                raise PlanError(f"{self.target}: task {task} has not begun; run it with --task {task}")
+        every = [Task(n, count) for n in range(1, count + 1)]
+        if absent := [task for task in every if journals.path_of(self.target, task) not in found]:
+            some = ", ".join([str(task) for task in absent[:8]] + ["..."] * (len(absent) > 8))
+            which = f"task {some} has" if len(absent) == 1 else f"{len(absent)} tasks have"
+            how = f"--task {some}" if len(absent) == 1 else f"--task I/{count} for each: {some}"
+            raise PlanError(f"{self.target}: {which} not begun; run it with {how}")
+        for task in every:
+            told = found[journals.path_of(self.target, task)]
             if what := journals.changed(self.told["conversion"], told.begin["conversion"]):
                 raise PlanError(f"{self.target}: task {task} is of another conversion: {what}; do it again")
             if missing := [at for at in share(self.plan, task) if at not in told.done or told.done[at].sums is None]:
@@ -277,15 +294,17 @@ class _Job:
         ContainerError, PlanError
             If there is something that no journal knows, that is another conversion's, or less than journals say.
         """
-        partial, found = partial_of(self.target), journals.all_of(self.target)
-        if not found and partial.exists():
+        partial = partial_of(self.target)
+        there, found = partial.exists(), journals.all_of(self.target)  # in this order: journals are made first
+        if not found and there:
             raise ContainerError(f"{partial}: is there, and no journal says what it is; remove it")
         for path, told in found.items():
             if what := journals.changed(told.begin["conversion"], self.told["conversion"]):
                 raise PlanError(f"{path}: cannot go on: {what}; do as before, or remove {partial.name}*")
             if told.tasks != task.count:
-                many = f"{told.tasks} tasks were begun" if told.tasks > 1 else "it was begun without --task"
-                raise PlanError(f"{path}: cannot go on: {many}; do as before, or remove {partial.name}*")
+                if told.tasks > 1:
+                    raise PlanError(f"{path}: {told.tasks} tasks were begun; say --task I/{told.tasks}")
+                raise PlanError(f"{path}: begun without --task; do as before, or remove {partial.name}*")
         if any(told.done for told in found.values()) and (missing := _missing(files)):
             raise PlanError(f"{missing}: is not there as the journal says; remove {partial.name}*")
 
@@ -298,11 +317,17 @@ def _do_elsewhere(job: _Job, task: Task, resume: bool) -> PackfmtError | None:
     opened = job.told["source"]
     again = resume or journals.path_of(job.target, task).exists()
     try:
-        with (
-            checkpoint.open(opened["path"], opened["container"], opened["read_as"]) as model,
-            closing(job.files(model)) as files,
-            closing(job.journal(files, task, again, PATIENCE)) as journal,
-        ):
+        with ExitStack() as stack:
+            try:
+                model = stack.enter_context(checkpoint.open(opened["path"], opened["container"], opened["read_as"]))
+                job.check_same(model)
+                files = stack.enter_context(closing(job.files(model)))
+                if not files.path.exists():
+                    raise MachineError(f"{files.path}: was removed, or is not seen from here")
+                journal = stack.enter_context(closing(job.journal(files, task, again, PATIENCE)))
+            except (ContainerError, PlanError, OSError) as error:
+                # a worker that sees less than the others says nothing of what they have done
+                raise MachineError(f"task {task}: {error}") from error
             job.do(model, task, files, journal, None)
     except PackfmtError as error:
         return error
@@ -333,20 +358,24 @@ def share(plan: Plan, task: Task) -> range:
 
 def _told(plan: Plan, model: Checkpoint, importance: Costs) -> dict[str, Any]:
     """What a conversion is, so that it can be told from another one, and opened elsewhere."""
-    from packfmt import __version__
-
     digest = hashlib.sha256()
     for name in sorted(importance):
         digest.update(name.encode() + np.ascontiguousarray(importance[name]).tobytes())
     data = plan.to_json()
     conversion = {
-        "packfmt": __version__,
+        "packfmt": _version(),
         "source": _files(model),
         "importance": digest.hexdigest() if importance else "none",
         "plan": {key: data[key] for key in ("version", "container", "steps")},
     }
     source = {"path": str(model.path.absolute()), "container": model.container, "read_as": dict(model.read_as)}
     return {"conversion": conversion, "source": source}
+
+
+def _version() -> str:
+    from packfmt import __version__
+
+    return __version__
 
 
 def _files(model: Checkpoint) -> dict[str, str]:
@@ -396,7 +425,7 @@ def _removed_if_useless(files: Files, forget: Callable[[], None]) -> Iterator[No
         raise
 
 
-def _give_name(job: _Job, files: Files, journal: Journal, check: bool) -> None:
+def _give_name(job: _Job, model: Checkpoint, files: Files, journal: Journal, check: bool) -> None:
     """Write what is known only when all is done, check it, and give the output its name.
 
     Raises
@@ -406,6 +435,8 @@ def _give_name(job: _Job, files: Files, journal: Journal, check: bool) -> None:
     """
     done = job.done(journal.tasks)
     with _removed_if_useless(files, lambda: journal.remove(job.target)):
+        if what := journals.changed(job.told["conversion"]["source"], _files(model)):
+            raise ContainerError(f"{job.target}: the source changed while it was read: {what}; nothing was kept")
         files.finish({job.plan.steps[at].name: one.sums or {} for at, one in done.items()})
         if check:
             verify.check_output(files.path, job.plan.container)
@@ -428,7 +459,7 @@ def _tidy(job: _Job, model: Checkpoint, journal: Journal) -> list[str]:
         done |= told.done
     with closing(job.files(model)) as files:
         files.tidy()
-    shutil.rmtree(job.target.with_name(job.target.name + ".replaced"), ignore_errors=True)  # of `give_name`
+    remove(aside_of(job.target))
     journal.remove(job.target)
     container = exporters.get(job.plan.container)
     counted = [(step, remark(step, done[at].counted)) for at, step in enumerate(job.plan.steps) if at in done]

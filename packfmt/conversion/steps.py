@@ -12,7 +12,7 @@ from packfmt import codecs, slices
 from packfmt.checkpoint import Checkpoint
 from packfmt.codec import Array, PackedTensor, dense_dtype, dense_values, matrix, only_inverts, only_places
 from packfmt.errors import ContainerError
-from packfmt.layout import DENSE
+from packfmt.layout import DENSE, Layout
 from packfmt.plan import KEEP, RESCALE, Step
 
 ROOM = 1 << 25  # bytes that a slice may hold at once, read, decoded and encoded: more is no faster
@@ -39,23 +39,25 @@ class Slice:
         return None if self.whole else (self.start, self.stop)
 
 
-@lru_cache(maxsize=4096)
 def rows_at_once(step: Step) -> int:
     """The rows that a step can be done by, at any multiple of; 0 if it must see the whole tensor.
 
     A layout says where it can be cut (`slices.unit`). Beyond that, numbers that all rows share must be known before
     the first row: they are if they stay what they are, or an encoder takes the magnitude that they depend on.
     """
-    shape = matrix(step.shape)
-    units = [slices.unit(layout, shape) for layout in (step.before, step.layout)]
-    common = slices.shared(step.layout)
-    if step.action in ("repack", RESCALE):
-        moved = only_places(step.before, step.layout, step.shape) or only_inverts(step.before, step.layout, step.shape)
-        good = moved or not common
-    elif step.encoder:
-        codec = codecs.get(step.layout.name)
-        good = not common or (step.encoder in codec.shared and common == {"global_scale"})
-        units.append(codec.together.get(step.encoder, 1))
+    return _rows_at_once(step.before, step.layout, matrix(step.shape), step.action, step.encoder)
+
+
+@lru_cache(maxsize=4096)
+def _rows_at_once(before: Layout, after: Layout, shape: tuple[int, int], action: str, encoder: str) -> int:
+    units = [slices.unit(layout, shape) for layout in (before, after)]
+    common = slices.shared(after)
+    if action in ("repack", RESCALE):
+        good = only_places(before, after, shape) or only_inverts(before, after, shape) or not common
+    elif encoder:
+        codec = codecs.get(after.name)
+        good = not common or (encoder in codec.shared and common == {"global_scale"})
+        units.append(codec.together.get(encoder, 1))
     else:
         good = True  # the same bytes, or decoded
     return lcm(*units) if good else 0  # also where one of them is 0
@@ -134,7 +136,7 @@ def peak_of(tensor: PackedTensor) -> float:
         bits = (weight.view(np.uint16) & np.uint16(0x7FFF)).max(initial=0)
         largest = float(np.uint16(bits).view(weight.dtype))
     else:
-        largest = float(np.float32(max(-weight.min(initial=0), weight.max(initial=0))))
+        largest = float(np.float32(max(abs(weight.min(initial=0)), abs(weight.max(initial=0)))))
     return largest if np.isfinite(largest) else 0.0
 
 

@@ -71,8 +71,7 @@ def carry_out(
 
 def refused(plan: Plan, model: Checkpoint, which: Iterable[int], memory: int) -> list[LayoutError]:
     """Do these steps, throw the results away, and say what is wrong with each that cannot be done."""
-    work = _Work(plan, model, memory, None, None, {}, None)
-    work.all_of_them = True
+    work = _Work(plan, model, memory, None, None, {}, None, all_of_them=True)
     work.run(sorted(which))
     first: dict[int, LayoutError] = {}
     for _, error, at in sorted(work.errors, key=lambda found: found[0]):
@@ -89,8 +88,8 @@ def bytes_of_rows(step: Step, start: int, stop: int) -> int:
 
 
 @dataclass(slots=True)
-class _Job:
-    """What a thread does next. Jobs that others wait for come before these, and wait for none."""
+class _Turn:
+    """What a thread does next. What others wait for comes before them, and waits for none."""
 
     at: int  # of the step
     held: int
@@ -117,25 +116,27 @@ class _Work:
         journal: Journal | None,
         importance: Mapping[str, Array],
         progress: Progress | None,
+        all_of_them: bool = False,
     ) -> None:
         self.plan, self.model, self.files, self.journal = plan, model, files, journal
         self.importance, self.progress = importance, progress
+        self.all_of_them = all_of_them  # go on after a refusal
         self.workers = threads.count()
         self.room = max(1, min(ROOM, memory // (self.workers + 1)))
         self.memory = _Memory(memory)
         self.groups = _groups(plan.steps)
         self.peaks: dict[int, _Peak] = {}  # of steps
-        self.left: dict[int, int] = {}  # jobs that a step waits for
+        self.left: dict[int, int] = {}  # turns that a step waits for
         self.done: dict[int, Done] = {}
         self.lines: list[tuple[int, dict[str, object]]] = []  # to be noted
-        self.errors: list[tuple[int, BaseException, int]] = []  # with the job's turn and its step
-        self.failed: float = float("inf")  # the first turn of those; later ones are left out
-        self.all_of_them = False  # go on after a refusal
-        self.lock, self.taking = threading.Lock(), threading.Lock()
-        self.turns: Iterator[tuple[int, _Job]] = iter(())
+        self.unsure = False  # whether what was written is on the disk
+        self.errors: list[tuple[int, BaseException, int]] = []  # with the number of the turn, and its step
+        self.failed: float = float("inf")  # the first number of those; later turns are left out
+        self.lock, self.taking, self.noting = threading.Lock(), threading.Lock(), threading.Lock()
+        self.turns: Iterator[tuple[int, _Turn]] = iter(())
 
     def run(self, which: Iterable[int]) -> None:
-        self.turns = enumerate(itertools.chain.from_iterable(map(self._jobs, which)))
+        self.turns = enumerate(itertools.chain.from_iterable(map(self._turns_of, which)))
         crew = [threading.Thread(target=self._worker, name="packfmt-work", daemon=True) for _ in range(self.workers)]
         try:
             for one in crew:
@@ -153,9 +154,16 @@ class _Work:
                     one.join()
             self._note()
 
-    # ---------------------------------------------------------------- jobs
+    # ---------------------------------------------------------------- turns
 
-    def _jobs(self, at: int) -> Iterator[_Job]:
+    def _turns_of(self, at: int) -> Iterator[_Turn]:
+        """What is left to do of a step; if even that cannot be said, a turn that says why."""
+        try:
+            yield from self._jobs(at)
+        except Exception as error:
+            yield _Turn(at, 0, partial(_raise, error))
+
+    def _jobs(self, at: int) -> Iterator[_Turn]:
         """What is left to do of a step: before its slices, what finds the peak that they need."""
         step = self.plan.steps[at]
         done = self.done[at] = self.journal.done.get(at, Done()) if self.journal else Done()
@@ -171,25 +179,29 @@ class _Work:
             yield from self._peak_jobs(group)
         self.left[at] = len(slices) + 1
         # who reads slices cannot see whether all of it is what was written
-        yield _Job(at, CHUNK if partly else 0, partial(self._check, at, partly))
+        yield _Turn(at, CHUNK if partly else 0, partial(self._check, at, partly))
         after = self.peaks[at].known if at in self.peaks else None
         for part in slices:
-            yield _Job(at, part.held, partial(self._do, part), after)
+            yield _Turn(at, part.held, partial(self._do, part), after)
 
-    def _peak_jobs(self, group: tuple[int, ...]) -> Iterator[_Job]:
+    def _peak_jobs(self, group: tuple[int, ...]) -> Iterator[_Turn]:
         parts = [s for at in group for s in cut(at, self.plan.steps[at], self.room)]
         peak = _Peak(len(parts))
         self.peaks |= dict.fromkeys(group, peak)
 
         def look(part: Slice) -> None:
-            largest = peak_of(self._read(part))
-            with self.lock:
-                peak.value, peak.left = max(peak.value, largest), peak.left - 1
-            if not peak.left:
-                peak.known.set()
+            largest = 0.0
+            try:
+                with self._explained(part):
+                    largest = peak_of(self._read(part))
+            finally:  # who waits for the peak of what cannot be decoded would wait for ever
+                with self.lock:
+                    peak.value, peak.left = max(peak.value, largest), peak.left - 1
+                    if not peak.left:
+                        peak.known.set()
 
         for part in parts:
-            yield _Job(part.at, part.held, partial(look, part))
+            yield _Turn(part.at, part.held, partial(look, part))
 
     def _do(self, part: Slice) -> None:
         """Read, encode and write a slice."""
@@ -199,13 +211,9 @@ class _Work:
         if costs is not None and not part.whole and costs.ndim > 1:
             costs = costs.reshape(matrix(step.shape))[part.start : part.stop]
         tensor = self._read(part)
-        try:
+        with self._explained(part):
             result = apply(step, tensor, costs, peak)
             found = counted(step, tensor, result)
-        except LayoutError as error:
-            hint = "; --encoder NAME would round it" if step.action in ("repack", RESCALE) else ""
-            where = "" if part.whole else f"in rows {part.start} to {part.stop - 1}, the first of them counted as 0: "
-            raise LayoutError(f"{step.name}: {where}{error}{hint}") from error
         del tensor
         if self.files:
             self.files.put(part.at, result, part.rows)
@@ -246,6 +254,17 @@ class _Work:
             where = f"{self.model.path}: {self.plan.steps[at].name}"
             raise MachineError(f"{where}: cannot be read: {error}; {GO_ON}") from error
 
+    @contextmanager
+    def _explained(self, part: Slice) -> Iterator[None]:
+        """What is wrong with a slice, with where it is, and what to do."""
+        step = self.plan.steps[part.at]
+        try:
+            yield
+        except LayoutError as error:
+            hint = "; --encoder NAME would round it" if step.action in ("repack", RESCALE) else ""
+            where = "" if part.whole else f"in rows {part.start} to {part.stop - 1}, the first of them counted as 0: "
+            raise LayoutError(f"{step.name}: {where}{error}{hint}") from error
+
     def _tell(self, step: Step, start: int, stop: int) -> None:
         if self.progress:
             with self.lock:
@@ -254,32 +273,38 @@ class _Work:
     # ---------------------------------------------------------------- threads
 
     def _worker(self) -> None:
-        """Do the next job, as long as there is one before the first that failed."""
-        turn, job = -1, None
+        """Take one turn after the other, up to the first that failed."""
         while True:
+            with self.taking:
+                number, turn = next(self.turns, (0, None))
+            if turn is None or number > self.failed:
+                return
             try:
-                with self.taking:
-                    turn, job = next(self.turns, (turn, None))
-                if job is None or turn > self.failed:
-                    return
-                while job.after and not job.after.wait(0.1) and turn < self.failed:
+                while turn.after and not turn.after.wait(0.1) and number < self.failed:
                     pass
-                with self.memory.held(job.held), threads.limit(1 if job.held <= self.room else self.workers):
-                    if turn < self.failed:
-                        job.do()
+                with self.memory.held(turn.held), threads.limit(1 if turn.held <= self.room else self.workers):
+                    if number < self.failed:
+                        turn.do()
             except BaseException as error:
                 with self.lock:
-                    self.errors.append((turn, error, job.at if job else -1))
+                    self.errors.append((number, error, turn.at))
                     if not (self.all_of_them and isinstance(error, LayoutError)):
-                        self.failed = min(self.failed, turn)
+                        self.failed = min(self.failed, number)
 
     def _note(self) -> None:
-        """Let the journal say what is in the output for good."""
-        with self.lock:
-            lines, self.lines = self.lines, []
-        if lines and self.files and self.journal:
-            self.files.sync()
-            self.journal.add(lines)
+        """Let the journal say what is in the output for good.
+
+        After a failure it says no more: a system that could not write what it was given has forgotten it, and a
+        second sync is no failure.
+        """
+        with self.noting:
+            with self.lock:
+                lines, self.lines = self.lines, []
+            if lines and self.files and self.journal and not self.unsure:
+                self.unsure = True
+                self.files.sync()
+                self.journal.add(lines)
+                self.unsure = False
 
 
 class _Memory:
@@ -301,6 +326,10 @@ class _Memory:
             with self._changed:
                 self._free += nbytes
                 self._changed.notify_all()
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _missing(rows: Iterable[tuple[int, int]], count: int) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -27,6 +28,7 @@ from packfmt.plan import Plan, Step
 Sums = Mapping[str, Mapping[str, str]]  # step's name -> what is summed -> SHA-256
 Lengths = Mapping[tuple[str, str], int]  # step's name, stream -> bytes
 CHUNK = 1 << 22  # bytes read at a time
+OPEN = 64  # files kept open, of those that nobody reads or writes
 
 
 class Place(NamedTuple):
@@ -85,6 +87,19 @@ class Output:
         return "" in self.files
 
 
+@dataclass(slots=True)
+class _Open:
+    """An open file of an output.
+
+    users : how many read, write or sync it now
+    dirty : whether it was written to after it was last synced
+    """
+
+    handle: int
+    users: int = 0
+    dirty: bool = False
+
+
 class Files:
     """The files of an output while they are filled, below a path that has not its final name yet.
 
@@ -93,17 +108,18 @@ class Files:
 
     def __init__(self, output: Output, steps: tuple[Step, ...], path: Path) -> None:
         self.output, self.steps, self.path = output, steps, path
-        self._handles: dict[str, int] = {}
-        self._lock = Lock()
+        self._open: dict[str, _Open] = {}  # by name, the last used at the end
+        self._lost: OSError | None = None  # why bytes that were written may not be on the disk
+        self._lock, self._syncing = Lock(), Lock()
 
     def make(self) -> None:
         """Give every file its size, and make names last; what is there already stays."""
         if not self.output.one_file:
             self.path.mkdir(exist_ok=True)
         for name, size in self.output.files.items():
-            handle = self._handle(name)
-            if os.fstat(handle).st_size < size:
-                os.ftruncate(handle, size)
+            with self._handle(name, writes=True) as handle:
+                if os.fstat(handle).st_size < size:
+                    os.ftruncate(handle, size)
         sync_folder(self.path.parent)
         if not self.output.one_file:
             sync_folder(self.path)
@@ -118,9 +134,10 @@ class Files:
             if len(data) != (planned := sum(nbytes for _, nbytes in spans)):
                 raise PlanError(f"{step.name}: {len(data)} bytes of {name}, planned {planned}")
             done = 0
-            for begin, nbytes in spans:
-                write_at(self._handle(place.file), place.begin + begin, data[done : done + nbytes])
-                done += nbytes
+            with self._handle(place.file, writes=True) as handle:
+                for begin, nbytes in spans:
+                    write_at(handle, place.begin + begin, data[done : done + nbytes])
+                    done += nbytes
             written += done
         for name in entry.streams:
             written += self._put_stream(self._stream(at, name), _bytes(tensor.components[name]))
@@ -138,11 +155,21 @@ class Files:
         return out
 
     def sync(self) -> None:
-        """Make what was written last through a power failure."""
-        with self._lock:
-            handles = list(self._handles.values())
-        for handle in handles:
-            os.fdatasync(handle) if hasattr(os, "fdatasync") else os.fsync(handle)
+        """Make what was written last through a power failure.
+
+        Raises
+        ------
+        OSError
+            If some of it was lost, now or before: the system tells that once, and forgets the bytes.
+        """
+        with self._syncing:  # what another thread is at is not done yet
+            with self._lock:
+                dirty = [name for name, file in self._open.items() if file.dirty]
+            for name in dirty:
+                with self._handle(name):
+                    self._sync(self._open[name])
+            if self._lost:
+                raise self._lost
 
     def finish(self, sums: Sums) -> None:
         """Append the streams, write the heads and what stands beside the files; all is synced.
@@ -151,7 +178,8 @@ class Files:
         """
         lengths = self._append_streams()
         for name, head in self.output.heads(sums, lengths).items():
-            write_at(self._handle(name), 0, np.frombuffer(head, np.uint8))
+            with self._handle(name, writes=True) as handle:
+                write_at(handle, 0, np.frombuffer(head, np.uint8))
         self.sync()
         self.close()
         if self.output.beside:
@@ -171,8 +199,8 @@ class Files:
 
     def close(self) -> None:
         with self._lock:
-            while self._handles:
-                os.close(self._handles.popitem()[1])
+            while self._open:
+                os.close(self._open.popitem()[1].handle)
 
     def _append_streams(self) -> dict[tuple[str, str], int]:
         ends = dict(self.output.files)
@@ -180,9 +208,9 @@ class Files:
         for at, (step, entry) in enumerate(zip(self.steps, self.output.entries, strict=True)):
             for stream, name in entry.streams.items():
                 begin = ends[name]
-                with self._stream(at, stream).open("rb") as file:
+                with self._stream(at, stream).open("rb") as file, self._handle(name, writes=True) as handle:
                     while chunk := file.read(CHUNK):
-                        write_at(self._handle(name), ends[name], np.frombuffer(chunk, np.uint8))
+                        write_at(handle, ends[name], np.frombuffer(chunk, np.uint8))
                         ends[name] += len(chunk)
                 lengths[step.name, stream] = ends[name] - begin
         return lengths
@@ -192,6 +220,7 @@ class Files:
             file.write(data.data)
             file.flush()
             os.fsync(file.fileno())
+        sync_folder(path.parent)
         return len(data)
 
     def _stream(self, at: int, name: str) -> Path:
@@ -202,19 +231,54 @@ class Files:
     def _read(self, place: Place) -> Iterator[memoryview]:
         """The bytes at a place, in chunks, each gone when the next is asked for."""
         file, begin, nbytes = place
-        handle, room = self._handle(file), np.empty(min(nbytes, CHUNK), np.uint8)
+        room = np.empty(min(nbytes, CHUNK), np.uint8)
         for done in range(0, nbytes, CHUNK):
             chunk = room[: nbytes - done]
-            if read_at(handle, begin + done, chunk) != len(chunk):
-                raise ContainerError(f"{self.path / file}: shrank while it was written")
+            with self._handle(file) as handle:
+                if read_at(handle, begin + done, chunk) != len(chunk):
+                    raise ContainerError(f"{self.path / file}: shrank while it was written")
             yield chunk.data
 
-    def _handle(self, name: str) -> int:
+    @contextmanager
+    def _handle(self, name: str, writes: bool = False) -> Iterator[int]:
+        """A file's descriptor, which is not closed meanwhile."""
         with self._lock:
-            if name not in self._handles:
+            if name not in self._open:
                 path = self.path / name if name else self.path
-                self._handles[name] = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            return self._handles[name]
+                self._open[name] = _Open(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666))
+            file = self._open[name] = self._open.pop(name)
+            file.users += 1
+        try:
+            yield file.handle
+        finally:
+            with self._lock:
+                file.users -= 1
+                if writes:  # now, for a sync may have begun before the last byte was written
+                    file.dirty = True
+                if len(self._open) > OPEN:
+                    self._close_one()
+
+    def _close_one(self) -> None:
+        """Close the file that was not used for longest, if it need not be synced; else sync it first."""
+        idle = [name for name, file in self._open.items() if not file.users]
+        if idle:
+            file = self._open.pop(min(idle, key=lambda name: self._open[name].dirty))
+            try:
+                self._sync(file)
+            finally:
+                os.close(file.handle)
+
+    def _sync(self, file: _Open) -> None:
+        """Sync a file that was written to. That it failed is kept: another sync would not fail again."""
+        dirty, file.dirty = file.dirty, False
+        try:
+            if dirty:
+                os.fdatasync(file.handle) if hasattr(os, "fdatasync") else os.fsync(file.handle)
+        except OSError as error:
+            self._lost = error
+        except BaseException:
+            file.dirty = True
+            raise
 
 
 def write(output: Output, path: Path, plan: Plan, tensors: Iterable[PackedTensor], check: Check | None = None) -> None:

@@ -15,12 +15,17 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def aside_of(path: Path) -> Path:
+    """Where a folder that is replaced is, until the new one has its name."""
+    return path.with_name(path.name + ".partial.replaced")
+
+
 def give_name(path: Path) -> None:
     """Let the finished partial output have its name; what had it is replaced, and deleted once it is.
 
     A power failure at any moment leaves the old or the new output under the name, or the new one as `partial_of`.
     """
-    partial, aside = partial_of(path), path.with_name(path.name + ".replaced")
+    partial, aside = partial_of(path), aside_of(path)
     if partial.is_dir():
         sync_folder(partial)
         if path.exists():

@@ -6,6 +6,9 @@ two functions, which then stay mistaken for each other. Here a file is named aft
 
 from __future__ import annotations
 
+import os
+import stat
+import tempfile
 from collections.abc import Callable, Hashable
 from hashlib import sha256
 from pathlib import Path
@@ -21,13 +24,31 @@ def njit(**options: Any) -> Callable[[Function], Function]:
     """`numba.njit` of these options, the compiled code in `Files` if it is to be kept."""
 
     def decorated(function: Function) -> Function:
-        made: Any = numba.jit(nopython=True, **options)(function)
+        try:
+            made: Any = numba.jit(nopython=True, **options)(function)
+        except RuntimeError:  # neither the package's folder nor the user's may be written: read-only containers
+            config: Any = numba.config
+            config.CACHE_DIR = _private_folder()
+            options["cache"] = bool(config.CACHE_DIR)
+            made = numba.jit(nopython=True, **options)(function)
         if options.get("cache") and hasattr(made, "_cache"):  # it has none where Numba compiles nothing
             kept = made._cache
             kept._cache_file = Files(kept.cache_path, kept._impl.filename_base, kept._impl.locator.get_source_stamp())
         return made
 
     return decorated
+
+
+def _private_folder() -> str:
+    """A folder among the temporary files that nobody else may write; empty if there is none."""
+    folder = Path(tempfile.gettempdir()) / f"packfmt-{getattr(os, 'getuid', int)()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return ""
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == getattr(os, "getuid", int)() and not found.st_mode & 0o022
+    return str(folder) if mine else ""
 
 
 class Files(IndexDataCacheFile):
