@@ -240,7 +240,13 @@ def test_a_tensor_of_one_row_or_none_is_not_cut(shape: tuple[int, ...]) -> None:
 
 def test_the_peak_is_the_largest_magnitude_as_float32_and_0_if_a_number_is_not_finite() -> None:
     for dtype in BF16, np.float16, np.float32, np.float64:
-        for numbers, peak in ([1, -3, 2], 3.0), ([0.0, -0.0], 0.0), ([1, np.nan], 0.0), ([-np.inf, 1], 0.0):
+        for numbers, peak in (
+            ([1, -3, 2], 3.0),
+            ([0.0, 0.0], 0.0),
+            ([0.0, -0.0], 0.0),
+            ([1, np.nan], 0.0),
+            ([-np.inf, 1], 0.0),
+        ):
             name = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}[np.dtype(dtype).name]
             values = np.array([numbers], dtype)
             found = steps.peak_of(PackedTensor(DENSE[name], values.shape, {"values": values}))
