@@ -16,7 +16,6 @@ import numpy as np
 from packfmt.bench import INSTALL, Array, Contestant, Floats, Size, repeat, weight_strip
 from packfmt.codec import PackedTensor
 from packfmt.errors import MachineError
-from packfmt.kernels import threads as sharing
 
 BITS, BLOCK = 4, 32  # of onnxruntime's MatMulNBits
 INT8_ACTIVATIONS = 4  # its accuracy_level; the fastest of them, and what packfmt's own products do
@@ -46,7 +45,6 @@ class Packed:
 
     def __init__(self, size: Size, packed: PackedTensor) -> None:
         self.kind, self._size, self._packed = packed.layout.name, size, packed
-        self._limit = ExitStack()
         self._make(1)
 
     def _make(self, batch: int) -> None:
@@ -60,20 +58,17 @@ class Packed:
         self._ready = [first, *(prepare(copied(self._packed), batch) for _ in range(self.copies - 1))]
 
     def begin(self, x: Floats, threads: int) -> None:
-        self._limit.close()
         if len(x) != self._batch:
             self._make(len(x))
-        self._limit.enter_context(sharing.limit(threads))
-        self._x = x
+        self._x, self._threads = x, threads
 
     def call(self, turn: int) -> object:
-        return self._ready[turn % self.copies].matmul(self._x)
+        return self._ready[turn % self.copies].matmul(self._x, self._threads)
 
     def answer(self, copy: int) -> Floats:
         return np.asarray(self.call(copy), np.float32)
 
     def close(self) -> None:
-        self._limit.close()
         self._ready.clear()
 
 
