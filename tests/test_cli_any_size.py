@@ -437,6 +437,9 @@ def test_a_cluster_makes_what_one_run_makes_and_a_killed_worker_is_one_line(
         with distributed.Client(address) as client:
             worker = next(iter(client.run(os.getpid).values()))
         child = begun(tmp_path / "out", *words)
+        until = time.monotonic() + 60  # the first journal is not a worker's
+        while len(list(tmp_path.glob("out.partial.journal.*"))) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
         os.kill(worker, signal.SIGKILL)
         out, err = child.communicate(timeout=60)
         assert (child.returncode, out) == (3, "") and err.count("\n") == 1, err
