@@ -791,7 +791,7 @@ def _one_by_one(records, places, codes, values, which, divides, digits, planes, 
         _read(records[row], places, codes)
         factors, tables = scale[row % scale.shape[0]], which[row % which.shape[0]]
         for g in range(factors.size // planes):
-            table = values[tables[g]] if tables.size > 1 else values[0]
+            table = values[tables[g % tables.size]]
             for j in range(group):
                 column = g * group + j
                 at = column if digits else g * planes * group + j
