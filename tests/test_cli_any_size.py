@@ -441,7 +441,7 @@ def test_a_cluster_makes_what_one_run_makes_and_a_killed_worker_is_one_line(
         while len(list(tmp_path.glob("out.partial.journal.*"))) < 3 and time.monotonic() < until:
             time.sleep(0.01)
         os.kill(worker, signal.SIGKILL)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=240)
         assert (child.returncode, out) == (3, "") and err.count("\n") == 1, err
         assert "a worker failed: KilledWorker" in err and "--resume goes on" in err
         said = Said(capsys, *words, "--resume", "--json-progress")
