@@ -23,7 +23,7 @@ from packfmt import placement
 from packfmt.codec import PackedTensor
 from packfmt.codecs import sherry
 from packfmt.errors import LayoutError
-from packfmt.kernels import lookup_products, simd, threads
+from packfmt.kernels import lookup_products, simd, team, threads
 from packfmt.kernels.activations import arrange
 from packfmt.kernels.lookup_products import Product, Tiles, Tiling
 from packfmt.layout import WORD, Axis, Codes, Component, Digit, Layout, Values, dtype_of, grid, rows
@@ -248,10 +248,12 @@ def test_many_rows_of_activations_take_no_more_memory_than_a_few(form: str, monk
     weight = packed(how, 40, 512, 5)
     x = np.random.default_rng(6).standard_normal((7, 512)).astype(F32)
     whole = product(weight, how, x)
-    monkeypatch.setattr(lookup_products, "_here", lookup_products._Here())
+    monkeypatch.setattr(team, "_jobs", {})
     monkeypatch.setattr(lookup_products, "TABLES", 2 * 128 * lookup_products.FORMS[form].table)  # of two rows
-    assert bits(product(weight, how, x)) == bits(whole) == bits(slow_products.product(weight, x))
-    assert lookup_products._here.room.nbytes == lookup_products.TABLES
+    with threads.limit(1):
+        assert bits(product(weight, how, x)) == bits(whole) == bits(slow_products.product(weight, x))
+    (jobs,) = team._jobs.values()
+    assert jobs.take(1, 1).size == lookup_products.TABLES
 
 
 @both

@@ -79,7 +79,7 @@ def floats(tiles: Tiles, x: Activations) -> slow.Floats:
 
 def product(tiles: Tiles, x: slow.Floats) -> slow.Floats:
     out = np.full((len(x), 16 * tiles.groups), 7, np.float32)
-    Product(tiles, order(tiles), tiles.unit)(x, out)
+    Product(tiles, order(tiles))(x, out)
     return out
 
 
@@ -137,7 +137,7 @@ def test_columns_come_in_the_order_that_is_asked_for(batch: int) -> None:
         how = arrange(128, 32, columns.reshape(-1).astype(np.int32))
         given, out = np.empty_like(x), np.full((batch, 32), 7, np.float32)
         given[:, columns.reshape(-1)] = x
-        Product(tiles, how, tiles.unit)(given, out)
+        Product(tiles, how)(given, out)
         assert_same_bits(out, expected)
         ways.add(how.way)
     assert ways == {SAME, QUADS, WINDOWS, ANY}
@@ -165,7 +165,7 @@ def test_callers_at_the_same_time_do_not_meet(monkeypatch: pytest.MonkeyPatch) -
     """Each has room of its own, also where sizes are the same."""
     how = TILINGS["ternary"]
     drawn = [draw(how, 64, 4 * how.block, 1, seed) for seed in range(2)]
-    ready = [(Product(tiles, order(tiles), tiles.unit), x, twin(tiles, x)) for tiles, x in drawn]
+    ready = [(Product(tiles, order(tiles)), x, twin(tiles, x)) for tiles, x in drawn]
     monkeypatch.setattr(tile_products, "LEAST", 1)
 
     def often(which: int) -> None:

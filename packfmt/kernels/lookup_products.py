@@ -15,9 +15,8 @@ Source: T-MAC (arXiv 2407.00088) looks up sums of activations by PSHUFB
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,21 +26,20 @@ from numba import types
 from numba.core import cgutils
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import activations, pages, simd, threads
+from packfmt.kernels import activations, simd, team
 from packfmt.kernels.activations import Order, _fill_room
 from packfmt.kernels.cache import njit
-from packfmt.kernels.simd import claim
 from packfmt.kernels.simd_code import AVX512_HERE, AVX_HERE, I8, I16, I64, Vector, all_lanes, call, constant, order
+from packfmt.kernels.team import _claim
 from packfmt.kernels.tile_code import (
     Kernel,
-    KernelType,
     Table,
     Typed,
     Writer,
     array_at,
     array_of,
-    entry,
     known,
+    matrix_of,
     number_at,
     part,
 )
@@ -365,39 +363,44 @@ def _store(write, how, acc, out, at, apart):
 
 
 # places in a product's table
-CODES, SIGNS, SCALE, QUADS, GROUPS, COLS, SOURCE = range(7)
+CODES, SIGNS, SCALE, QUADS, GROUPS, COLS, SHARED, SOURCE = range(8)
 
 
 @njit(cache=True, nogil=True)
-def _multiply(kernel, tiles, x, room, memory, out, counter, share):
-    """Multiply groups of rows, `share` at a time, as long as there are any that nobody has claimed.
+def _multiply(kernel, job, seat):
+    """Multiply groups of rows, a share at a time, as long as there are any that nobody has claimed.
 
     What is multiplied next is claimed before, so that its codes are asked for in time.
 
-    tiles, room : addresses of tables, of a product and of `Room.table`
-    x, out : (batch, cols) and (batch, rows) float32
-    memory : address, for the tables of sums
-    counter : (1,) int64
+    job : address of a `Job`'s words; seat : of this thread
     """
+    tiles, batch = number_at(job, team.PRODUCT), number_at(job, team.BATCH)
+    room = number_at(job, team.SEATS + team.SEAT * seat + team.ROOM)
     codes, signs = array_at(tiles, CODES, np.uint8), array_at(tiles, SIGNS, np.uint8)
     scale, groups, cols = array_at(tiles, SCALE, np.uint8), number_at(tiles, GROUPS), number_at(tiles, COLS)
-    q, sums = array_at(room, activations.STEPS, np.int8), array_at(room, activations.SUMS, np.int32)
-    factors, batch, quads = array_at(room, activations.SCALE, np.float32), out.shape[0], cols // 4
-    tables = array_of(memory, batch * quads * _table_bytes(kernel), np.uint8)
-    blocks = (cols + _block(kernel) - 1) // _block(kernel)
-    columns = 4 * _quads(kernel)  # of a piece
+    blocks, columns = (cols + _block(kernel) - 1) // _block(kernel), 4 * _quads(kernel)  # of a piece
     row = cols // columns * _code_bytes(kernel)  # bytes of a group's codes, and then of its scales
     scales = _scale_bytes(kernel) if _per_row(kernel) else blocks * _scale_bytes(kernel)
-    following = claim(counter, share)
-    if following >= groups:
+    share = groups
+    if number_at(job, team.OTHERS):
+        share = max(1, number_at(tiles, SHARED) // max(1, batch * row * _together(kernel))) * _together(kernel)
+    shares = (groups + share - 1) // share
+    claimed = _claim(job, seat, shares)
+    if claimed == shares:
         return
-    _fill_room(number_at(tiles, SOURCE), x, 0, 1, room)
+    x = matrix_of(number_at(job, team.X), batch, number_at(job, team.COLS), np.float32)
+    out = matrix_of(number_at(job, team.OUT), batch, number_at(job, team.ROWS), np.float32)
+    q, sums = array_at(room, activations.STEPS, np.int8), array_at(room, activations.SUMS, np.int32)
+    factors, size = array_at(room, activations.SCALE, np.float32), batch * (cols // 4) * _table_bytes(kernel)
+    tables, quads = array_of(number_at(job, team.MEMORY) + seat * size, size, np.uint8), cols // 4
+    _fill_room(number_at(tiles, SOURCE), x, np.int64(0), np.int64(1), room)
     patterns = _patterns(kernel, array_at(tiles, QUADS, np.uint8))
     for i in range(batch * quads):
         _fill(kernel, tables, i * _table_bytes(kernel), patterns, simd.broadcast4(q, 4 * i))
-    while following < groups:
-        group, stop = following, min(following + share, groups)
-        following = claim(counter, share)
+    while claimed < shares:
+        group, stop = claimed * share, min((claimed + 1) * share, groups)
+        claimed = _claim(job, seat, shares)
+        following = claimed * share
         while group < stop:
             # of groups that are too few to be multiplied together, each is multiplied as if it were all of them
             many = _together(kernel) if group + _together(kernel) <= stop else 1
@@ -447,12 +450,14 @@ class Product:
     def __init__(self, tiles: Tiles, order: Order, unit: float = 1.0) -> None:
         check_tiles(tiles)
         check_order(order, tiles.cols, tiles.how.block)
-        how, source = tiles.how, activations.source(order, unit)
         self.tiles, self.order = tiles, order
-        self._table = Table(tiles.codes, tiles.signs, tiles.scale, tiles.table, tiles.groups, tiles.cols, source)
-        self._nbytes = tiles.cols // 4 * FORMS[how.form].table  # of tables, for a row of activations
-        self._rooms = activations.rooms(order)
-        self._multiply = partial(_compiled(_kernel(how)._numba_type_), _kernel(how))
+        weights = tiles.codes, tiles.signs, tiles.scale, tiles.table, tiles.groups, tiles.cols
+        self._table = Table(*weights, SHARE, activations.source(order, unit))
+        self._address = self._table.address
+        self._rows, self._size = ROWS * tiles.groups, tiles.codes.nbytes
+        self._nbytes = tiles.cols // 4 * FORMS[tiles.how.form].table  # of tables, for a row of activations
+        self._jobs = team.jobs(order)
+        self._way = _way(tiles.how)
 
     def __call__(self, x: Floats, out: Floats) -> None:
         """Multiply every row of activations with every row of weights, on all threads where there is much to do.
@@ -469,29 +474,20 @@ class Product:
         LayoutError
             If x or `out` is another array.
         """
-        check_floats(x, out, self.order.cols, ROWS * self.tiles.groups)
+        check_floats(x, out, self.order.cols, self._rows)
         if not out.size:
             return
-        most = max(1, TABLES // max(1, self._nbytes))
-        if len(x) <= most:
+        if len(x) == 1:
             return self._few(x, out)
+        most = min(team.KEPT, max(1, TABLES // max(1, self._nbytes)))
         for first in range(0, len(x), most):
             self._few(x[first : first + most], out[first : first + most])
 
     def _few(self, x: Floats, out: Floats) -> None:
         """The product of rows whose tables are there at once. Each thread writes its own, and so waits for no other."""
-        work, together = self.tiles.codes.nbytes * len(x), FORMS[self.tiles.how.form].together
-        helpers = threads.helpers(work // LEAST)
-        share = max(1, SHARE * self.tiles.groups // (together * work)) * together if helpers else self.tiles.groups
-        counter = np.zeros(1, np.int64)
-
-        def some() -> None:
-            room = self._rooms.take(len(x))
-            memory = _memory(len(x) * self._nbytes)
-            self._multiply(self._table.address, x, room.table.address, memory, out, counter, share)
-            self._rooms.give(room)
-
-        threads.helped(some, helpers)
+        batch = len(x)
+        worth = self._size * batch // LEAST
+        team.multiply(self._way, self._address, self._jobs, x, out, batch, worth, None, batch * self._nbytes)
 
 
 def check_tiles(tiles: Tiles) -> None:
@@ -517,28 +513,5 @@ def check_tiles(tiles: Tiles) -> None:
 
 
 @cache
-def _kernel(how: Tiling) -> Kernel:
-    return Kernel(how)
-
-
-@cache
-def _compiled(kernel: KernelType) -> Callable[..., None]:
-    i64, floats = types.int64, types.Array(types.float32, 2, "C")
-    return entry(_multiply, kernel, i64, floats, i64, i64, floats, types.Array(i64, 1, "C"), i64)
-
-
-class _Here(threading.local):
-    """A thread's memory for tables, the same from one product to the next: new memory costs more than filling it."""
-
-    room, address = pages.empty(0), 0
-
-
-_here = _Here()
-
-
-def _memory(nbytes: int) -> int:
-    """The address of so many bytes, which are this thread's until it asks again."""
-    if _here.room.nbytes < nbytes:
-        _here.room = pages.empty(nbytes)
-        _here.address = _here.room.ctypes.data
-    return _here.address
+def _way(how: Tiling) -> team.Way:
+    return team.Way(_multiply, Kernel(how)._numba_type_)

@@ -22,12 +22,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
-from numba.np.arrayobj import populate_array
 
 from packfmt.kernels import simd
 
 # Numba sees an edit of the file that a kernel stands in, and of no other that parts of it come from.
-_CODE = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("tile_code.py", "activations.py"))
+_CODE = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("tile_code.py", "activations.py", "team.py"))
 VERSION: Final = f"{simd.VERSION}-{sha256(_CODE).hexdigest()[:12]}"
 INDEX: Final = ir.IntType(64)
 
@@ -109,11 +108,15 @@ def _read(builder: Any, table: Any, which: Any, half: int) -> Any:
     return builder.load(builder.gep(pairs, [which, ir.Constant(INDEX, half)]))
 
 
-def _array(context: Any, builder: Any, kind: types.Array, address: Any, size: Any) -> Any:
+def _array(context: Any, builder: Any, kind: types.Array, address: Any, *shape: Any) -> Any:
+    from numba.np.arrayobj import populate_array  # takes 15 ms, and only to compile
+
     item = context.get_value_type(kind.dtype)
     array, each = context.make_array(kind)(context, builder), ir.Constant(INDEX, context.get_abi_sizeof(item))
-    data = builder.inttoptr(address, item.as_pointer())
-    populate_array(array, data=data, shape=[size], strides=[each], itemsize=each, meminfo=None)
+    data, strides = builder.inttoptr(address, item.as_pointer()), [each]
+    for size in reversed(shape[1:]):
+        strides.insert(0, builder.mul(strides[0], size))
+    populate_array(array, data=data, shape=list(shape), strides=strides, itemsize=each, meminfo=None)
     return array._getvalue()
 
 
@@ -126,6 +129,17 @@ def array_of(typing, address, size, kind):
         return _array(context, builder, gives, *args[:2])
 
     return gives(types.int64, types.int64, kind), code
+
+
+@intrinsic
+def matrix_of(typing, address, rows, cols, kind):
+    """`array_of` numbers in so many rows and columns."""
+    gives = types.Array(kind.dtype, 2, "C")
+
+    def code(context, builder, signature, args):
+        return _array(context, builder, gives, *args[:3])
+
+    return gives(types.int64, types.int64, types.int64, kind), code
 
 
 @intrinsic

@@ -14,7 +14,7 @@ so the bits do not depend on the batch's division, on threads, or on the machine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
@@ -24,20 +24,20 @@ from llvmlite import ir
 from numba import types
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import activations, simd, threads
-from packfmt.kernels.activations import Order, Room, _fill_room
+from packfmt.kernels import activations, simd, team
+from packfmt.kernels.activations import Order, _fill_room
 from packfmt.kernels.cache import njit
-from packfmt.kernels.simd import claim, load_ints16, prefetch, store, xor, zero_ints
+from packfmt.kernels.simd import load_ints16, prefetch, store, xor, zero_ints
+from packfmt.kernels.team import _claim
 from packfmt.kernels.tile_code import (
     Kernel,
-    KernelType,
     Table,
     Typed,
     Writer,
     array_at,
     array_of,
-    entry,
     known,
+    matrix_of,
     number_at,
     part,
 )
@@ -50,7 +50,8 @@ VECTOR = 64  # bytes
 WIDTHS = ((1,), (2,), (4,), (8,), (2, 1), (4, 1), (4, 2), (5,))
 SCALES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1, "e4m3": 1, "ue4m3": 1}  # bytes of one
 BATCHES = (1, 2, 4, 8)  # rows of activations that one pass over a group's codes may serve
-AHEAD = 4096  # bytes; what will be read after so many is asked for
+# bytes; what will be read after so many is asked for. 4096 and 6144 took 1.05 to 1.6 times as long as 8192
+AHEAD = 8192
 CLAIMS: Final = 32  # parts of the work that threads claim, one by one: a late thread just takes fewer
 LEAST: Final = 1 << 18  # bytes of codes, or as much work with a batch, that are worth another thread's while
 NO_TABLE: Final = np.zeros(128, np.uint8)
@@ -362,41 +363,47 @@ def _store(write, form, acc, out, at, stride, count):
 # ---------------------------------------------------------------- the kernel
 
 # places in a product's table
-CODES, HIGH, SCALE, ZERO, WHOLE, TABLE, BIAS, GROUPS, COLS, BLOCKS, SOURCE = range(11)
+CODES, HIGH, SCALE, ZERO, WHOLE, TABLE, BIAS, GROUPS, COLS, BLOCKS, CLAIM, SOURCE = range(12)
 
 
 @njit(cache=True, nogil=True)
-def _multiply(kernel, tiles, x, start, room, out, counter, at_once):
+def _multiply(kernel, job, seat):
     """Multiply groups of rows, so many at once, as long as there are any that nobody has claimed.
 
     Rows of the batch that are multiplied together make a part of it, and lie side by side.
 
-    tiles, room : addresses of tables, of a product and of `Room.table`
-    x : (batch, cols) float32, of which rows `start` and on are not in the room yet
-    out : (batch, 16 * groups) float32
-    counter : address of an int64, or 0 where nobody else takes part and all groups are multiplied at once
+    job : address of a `Job`'s words; seat : of this thread
     """
+    tiles, batch, start = number_at(job, team.PRODUCT), number_at(job, team.BATCH), number_at(job, team.START)
     codes, high = array_at(tiles, CODES, np.uint8), array_at(tiles, HIGH, np.uint8)
     scale, zero = array_at(tiles, SCALE, np.uint8), array_at(tiles, ZERO, np.uint8)
     whole, bias = array_at(tiles, WHOLE, np.float32), number_at(tiles, BIAS)
     groups, cols, blocks = number_at(tiles, GROUPS), number_at(tiles, COLS), number_at(tiles, BLOCKS)
-    q, sums = array_at(room, activations.STEPS, np.int8), array_at(room, activations.SUMS, np.int32)
-    factors, batch, width = array_at(room, activations.SCALE, np.float32), out.shape[0], _batch(kernel)
     planes, per_row, block_cols, chunk_cols = _planes(kernel), _per_row(kernel), _block(kernel), _chunk(kernel)
     code_bytes, high_bytes, scale_bytes = _code_bytes(kernel), _high_bytes(kernel), _scale_bytes(kernel)
-    parts = (batch + width - 1) // width
     pieces = cols // chunk_cols  # of a row of a plane
+    at_once = number_at(tiles, CLAIM) if number_at(job, team.OTHERS) else groups
+    shares = (groups + at_once - 1) // at_once
+    claimed = _claim(job, seat, shares)
+    if claimed == shares:
+        return
+    for at in range(0, AHEAD, VECTOR):
+        prefetch(codes, claimed * at_once * pieces * planes * code_bytes + at)
+    x = matrix_of(number_at(job, team.X), batch, number_at(job, team.COLS), np.float32)
+    out = matrix_of(number_at(job, team.OUT), batch, number_at(job, team.ROWS), np.float32)
+    own = seat if start < batch else 0
+    room, width = number_at(job, team.SEATS + team.SEAT * own + team.ROOM), _batch(kernel)
+    q, sums = array_at(room, activations.STEPS, np.int8), array_at(room, activations.SUMS, np.int32)
+    factors = array_at(room, activations.SCALE, np.float32)
+    if start < batch:
+        _fill_room(number_at(tiles, SOURCE), x, start, width, room)
+    parts = (batch + width - 1) // width
     scales = planes if per_row else planes * blocks  # of a row
     stride = 4 * ROWS * groups
     tables = load_tables(kernel, array_at(tiles, TABLE, np.uint8))
-    claimed = claim(array_of(counter, 1, np.int64), at_once) if counter else 0
-    if claimed < groups:
-        for at in range(0, AHEAD, VECTOR):
-            prefetch(codes, claimed * pieces * planes * code_bytes + at)
-        _fill_room(number_at(tiles, SOURCE), x, start, width, room)
-    while claimed < groups:
-        stop = claimed + at_once
-        for group in range(claimed, stop if stop < groups else groups):
+    while claimed < shares:
+        first, stop = claimed * at_once, (claimed + 1) * at_once
+        for group in range(first, stop if stop < groups else groups):
             for one in range(parts):
                 at, high_at = group * pieces * planes * code_bytes, group * pieces * planes * high_bytes
                 scale_at = group * scales
@@ -424,7 +431,7 @@ def _multiply(kernel, tiles, x, start, room, out, counter, at_once):
                         # fmt: on
                         scale_at += 1
                 _store(kernel, acc, out, one * width * stride + group * 4 * ROWS, stride, batch - one * width)
-        claimed = claim(array_of(counter, 1, np.int64), at_once) if counter else groups
+        claimed = _claim(job, seat, shares)
 
 
 @njit(cache=True, nogil=True)
@@ -447,10 +454,9 @@ class Product:
     """Tiles and the order of their columns, looked at once, for many products.
 
     After megabytes of weights nothing of Python is in the cache, and every line of it costs a microsecond. So a
-    product of one thread is one call of a compiled function, with addresses that are known.
+    product is one call of a compiled function, with addresses that are known.
 
     order : of the tiles' columns and blocks
-    unit : what a whole number of `Tiles.bias` counts
 
     Raises
     ------
@@ -459,17 +465,19 @@ class Product:
         of other columns or blocks.
     """
 
-    def __init__(self, tiles: Tiles, order: Order, unit: float = 1.0) -> None:
+    def __init__(self, tiles: Tiles, order: Order) -> None:
         check_tiles(tiles)
         check_order(order, tiles.cols, tiles.how.block)
-        self.tiles, self.order, self.unit = tiles, order, unit
+        self.tiles, self.order = tiles, order
         weights = (tiles.codes, tiles.high, tiles.scale, tiles.zero, tiles.whole)
         table = tiles.table if len(tiles.table) else NO_TABLE
-        numbers = (tiles.bias, tiles.groups, tiles.cols, len(order.ends))
-        self._table = Table(*weights, table, *numbers, activations.source(order, unit))
+        numbers = (tiles.bias, tiles.groups, tiles.cols, len(order.ends), max(1, tiles.groups // CLAIMS))
+        self._table = Table(*weights, table, *numbers, activations.source(order, tiles.unit))
+        self._address = self._table.address
+        self._rows = ROWS * tiles.groups
         self._nbytes = tiles.codes.nbytes + tiles.high.nbytes
-        self._rooms = activations.rooms(order)
-        self._ways: dict[int, Callable[..., None]] = {}
+        self._jobs = team.jobs(order)
+        self._way = _way(_form(tiles, 1))
 
     def __call__(self, x: Floats, out: Floats) -> None:
         """Multiply every row of activations with every row of weights, on all threads where there is work for them.
@@ -486,45 +494,22 @@ class Product:
         LayoutError
             If x or `out` is another array.
         """
-        check_floats(x, out, self.order.cols, ROWS * self.tiles.groups)
+        check_floats(x, out, self.order.cols, self._rows)
         if not out.size:
             return
         batch = len(x)
-        parts, width = (1, 1) if batch == 1 else _division(batch)
-        multiply = self._ways.get(width) or self._way(width)
-        helpers = threads.helpers(self._nbytes * -(-batch // 4) // LEAST + 1)  # as if of so many bytes
-        room = self._rooms.take(parts * width)
-        if helpers:
-            self._share(helpers, multiply, room, x, width, out)
-        else:
-            multiply(self._table.address, x, 0, room.table.address, out, 0, self.tiles.groups)
-        self._rooms.give(room)
+        if batch > 1:
+            return self._many(x, out)
+        team.multiply(self._way, self._address, self._jobs, x, out, 1, self._nbytes // LEAST + 1)
 
-    def _share(
-        self, helpers: int, multiply: Callable[..., None], shared: Room, x: Floats, width: int, out: Floats
-    ) -> None:
-        """Few activations are made whole numbers by each thread for itself, so that no thread waits for another."""
-        table, at_once = self._table.address, max(1, self.tiles.groups // CLAIMS)
-        shared.counter[0] = 0
-
-        def in_one_room() -> None:
-            multiply(table, x, len(x), shared.table.address, out, shared.count, at_once)
-
-        def in_its_own() -> None:
-            room = self._rooms.take(shared.rows)
-            multiply(table, x, 0, room.table.address, out, shared.count, at_once)
-            self._rooms.give(room)
-
-        if x.size < 2 * activations.LEAST_NUMBERS:
-            return threads.helped(in_its_own, helpers)
-        activations.fill(x, self.order, self.unit, width, shared.table)
-        threads.helped(in_one_room, helpers)
-
-    def _way(self, width: int) -> Callable[..., None]:
-        """`_multiply`, compiled for parts of so many rows."""
-        kernel = Kernel(_form(self.tiles, width))
-        self._ways[width] = partial(_compiled(kernel._numba_type_), kernel)
-        return self._ways[width]
+    def _many(self, x: Floats, out: Floats) -> None:
+        """A batch. Few activations each thread makes whole numbers for itself, so that none waits for another."""
+        parts, width = _division(len(x))
+        most = self._nbytes * -(-len(x) // 4) // LEAST + 1  # as if of so many bytes
+        fill = None
+        if x.size >= 2 * activations.LEAST_NUMBERS:
+            fill = partial(activations.fill, x, self.order, self.tiles.unit, width)
+        team.multiply(_way(_form(self.tiles, width)), self._address, self._jobs, x, out, parts * width, most, fill)
 
 
 def read(buffer: Bytes) -> int:
@@ -557,9 +542,8 @@ def _form(tiles: Tiles, batch: int) -> Form:
 
 
 @cache
-def _compiled(kernel: KernelType) -> Callable[..., None]:
-    floats = types.Array(types.float32, 2, "C")
-    return entry(_multiply, kernel, I64, floats, I64, I64, floats, I64, I64)
+def _way(form: Form) -> team.Way:
+    return team.Way(_multiply, Kernel(form)._numba_type_)
 
 
 def _division(batch: int) -> tuple[int, int]:
@@ -595,7 +579,6 @@ def _needs(how: Tiling, groups: int, cols: int) -> tuple[int, ...]:
 
 
 F32, U8, I8, I32 = (np.dtype(name) for name in ("<f4", "u1", "i1", "<i4"))
-I64: Final = types.int64
 PARTS: Final = ("codes", "high", "scale", "zero", "whole", "table")
 
 
