@@ -60,7 +60,7 @@ def unpack(
             if m.part in without:
                 continue
             part = fitted.parts[m.part]
-            _move(raw, _stored(fitted, placed, m), _bytes(parts[part.name]), _plain(part), part.shape)
+            _move(raw, member_side(fitted, placed, m), _bytes(parts[part.name]), part_side(part), part.shape)
     return parts
 
 
@@ -80,7 +80,7 @@ def pack(layout: Layout, shape: tuple[int, int], parts: Arrays) -> dict[str, Arr
         out = np.zeros(placed.shape, dtype_of(placed.dtype))
         for m in placed.members:
             part = fitted.parts[m.part]
-            _move(_bytes(parts[part.name]), _plain(part), _bytes(out), _stored(fitted, placed, m), part.shape)
+            _move(_bytes(parts[part.name]), part_side(part), _bytes(out), member_side(fitted, placed, m), part.shape)
         components[placed.name] = out
     return components
 
@@ -110,15 +110,15 @@ def repack(
         out[there.name] = np.zeros(there.shape, dtype_of(there.dtype))
         for n in there.members:
             part = after.parts[n.part]
-            side, whole = _stored(after, there, n), _bytes(out[there.name])
+            side, whole = member_side(after, there, n), _bytes(out[there.name])
             if n.part in given:
-                _move(_bytes(given[n.part]), _plain(part), whole, side, part.shape)
+                _move(_bytes(given[n.part]), part_side(part), whole, side, part.shape)
                 continue
             for here in before.components:
                 raw = _bytes(_checked_component(source, here, components))
                 for m in here.members:
                     if m.part == n.part:
-                        _move(raw, _stored(before, here, m), whole, side, part.shape)
+                        _move(raw, member_side(before, here, m), whole, side, part.shape)
     return out
 
 
@@ -226,7 +226,7 @@ class Side:
         return number
 
 
-def _stored(fitted: Fitted, placed: Placed, m: Member) -> Side:
+def member_side(fitted: Fitted, placed: Placed, m: Member) -> Side:
     """A member in its component's bytes."""
     sizes = [d.size for d in placed.over]
     split = next((i for i, d in enumerate(placed.over) if d.axis == WORD), None)
@@ -255,7 +255,7 @@ def _stored(fitted: Fitted, placed: Placed, m: Member) -> Side:
     return Side(byte, bit, tuple(legs), m.low, m.low + code_bits, m.word, gap)
 
 
-def _plain(part: Part) -> Side:
+def part_side(part: Part) -> Side:
     """The part itself: row-major whole numbers."""
     size = itemsize(part.dtype)
     legs = [Leg(i, 1, n, size * prod(part.shape[i + 1 :]), 0) for i, n in enumerate(part.shape)]

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from packfmt import minifloat, placement, tilings
 from packfmt.errors import LayoutError
 from packfmt.layout import Component, Fitted, Layout, dtype_of
-from packfmt.meaning import SHIFTS, Meaning, Shape, by_weight, meaning, weight_steps
+from packfmt.meaning import SHIFTS, Shape, by_weight, weight_steps
 from packfmt.placement import CODE_BITS, Array, Arrays
 from packfmt.spellings import F32, SPELLINGS, scales
 from packfmt.tilings import CODES, Tile
@@ -40,9 +40,9 @@ ENOUGH: Final = 1 << 10  # bits that make a run worth starting
 MOST_RUN: Final = 1 << 11  # columns
 MOST_BITS: Final = 1 << 18  # that are left over
 MOST_CUTS: Final = 16  # between rows that begin at the same bit of a byte
-NO_TABLE: Final = np.zeros(64, np.uint8)
 NO_LOW: Final = np.zeros(1, np.int64)
-EVERY: Final = np.arange(64)
+BYTES: Final = np.arange(256)
+HELD: Final = 6  # bytes that the way back to HiF4 holds for a weight, beside the components
 EIGHT_ONE: Final = np.array([8, 1])  # of (bytes, bits), to bits
 
 
@@ -98,6 +98,45 @@ def becomes(layout: Layout, target: Layout, shape: Shape) -> str | None:
     return None
 
 
+def comes_from(layout: Layout, target: Layout, shape: Shape) -> bool:
+    """Whether the layout is the tiling of a HiF4, and the target is this one: its way back is here (`untiled`)."""
+    return target.grid.name == "hif4" and becomes(target, layout, shape) is not None
+
+
+def condition(target: Layout) -> str:
+    """What must be true of a tiling's numbers for the way back to HiF4, in words."""
+    return f"all weights that share a doubling there have it, and every scale is a {target.grid['scale']}"
+
+
+def untiled(layout: Layout, target: Layout, shape: Shape, components: Arrays) -> Dense:
+    """Components of HiF4's tiling -> HiF4's, where a bit doubles several weights.
+
+    Raises
+    ------
+    LayoutError
+        If only some of the weights are doubled that share a bit, HiF4 has not got a scale, or a component is not
+        what the layout says.
+    """
+    parts, here = placement.unpack(layout, shape, components), target.fit(*shape).parts
+    codes, bits, where = parts["codes"], here["codes"].bits, f"{layout.name} to {target.name}"
+    found = {"codes": codes & np.uint8((1 << bits) - 1)}
+    for i, shift in enumerate(SHIFTS):
+        doubled, groups = codes >> np.uint8(bits + i) & np.uint8(1), np.arange(here[shift].shape[1])
+        of = by_weight(target, (1, shape[1]), shift, groups[None], codes.shape[1])[0]
+        found[shift] = doubled[:, np.searchsorted(of, groups)]
+        if (apart := found[shift][:, of] != doubled).any():
+            row, column = np.argwhere(apart)[0].tolist()
+            raise LayoutError(f"{where}: column {column} of row {row} is not doubled as its neighbours are ({shift})")
+    numbers = _as_floats(target.grid["scale"], layout.fit(*shape).parts["scale"].dtype)
+    known, scale = (array.view(f"<u{numbers.itemsize}") for array in (numbers, parts["scale"]))
+    order = np.argsort(known)
+    found["scale"] = order[np.searchsorted(known[order], scale).clip(max=len(known) - 1)].astype(np.uint8)
+    if (lost := known[found["scale"]] != scale).any():
+        at = np.argwhere(lost)[0].tolist()
+        raise LayoutError(f"{where}: scale {at} is {parts['scale'][tuple(at)]}, which is no {target.grid['scale']}")
+    return placement.pack(target, shape, {name: part.reshape(here[name].shape) for name, part in found.items()})
+
+
 def tiled(layout: Layout, shape: Shape, components: Arrays, form: str = "") -> Dense:
     """Components of a layout that has a tiling of this form -> those of the tiling.
 
@@ -108,8 +147,8 @@ def tiled(layout: Layout, shape: Shape, components: Arrays, form: str = "") -> D
     """
     from packfmt.kernels import pages
 
-    of, tile = meaning(layout, shape), tilings.tile(layout, shape, form)
-    if of is None or tile is None:
+    tile = tilings.tile(layout, shape, form)
+    if tile is None:
         raise LayoutError(f"{layout.name} has no tiling")
     fitted = tile.layout.fit(*shape)
     sizes = [-(-c.nbytes // pages.LINE) * pages.LINE for c in fitted.components]
@@ -122,7 +161,7 @@ def tiled(layout: Layout, shape: Shape, components: Arrays, form: str = "") -> D
     parts = placement.unpack(layout, shape, components, plan.found if plan else frozenset())  # checks all components
     if plan:
         computed = {
-            f"its {part}": compute(layout, shape, parts, of, tile)
+            f"its {part}": compute(layout, shape, parts, tile)
             for part, compute in (("codes", _codes), ("scale", _scales), ("zero", _zeros))
             if part in fitted.parts and part not in plan.found
         }
@@ -145,18 +184,18 @@ def _others(shape: Shape, parts: Arrays, tile: Tile) -> Dense:
 
 
 class Pass(NamedTuple):
-    """A program for some rows, and for runs of columns.
+    """A program for runs of columns of some rows, and of others that have bits in the same bytes.
 
-    rows : first and end
-    begins : of each array, the byte from which those of every row count on
-    records : of each array, bytes from a run to the next
-    strings : (component of the tiling, byte of a group where the first run goes, bytes of a run)
+    rows : first of each of these, of which there are `each`
+    arrays : what is read: name, the byte from which those of each row of the first count on, bytes from a run to the
+        next
+    strings : (component of the tiling, byte of a group where the first run goes, bytes of a run), for each of `rows`
     """
 
     program: Program
-    rows: tuple[int, int]
-    begins: tuple[Ints, ...]
-    records: tuple[int, ...]
+    rows: tuple[int, ...]
+    each: int
+    arrays: tuple[tuple[str, Ints, int], ...]
     times: int
     strings: tuple[tuple[str, int, int], ...]
 
@@ -166,11 +205,9 @@ class Plan(NamedTuple):
 
     found : parts that are read where they are stored; others come from arrays called "its <part>", which hold a row of
         elements as the tiling's grid has them
-    arrays : what the programs read
     """
 
     found: frozenset[str]
-    arrays: tuple[str, ...]
     passes: tuple[Pass, ...]
 
 
@@ -187,7 +224,7 @@ def _planned(layout: Layout, shape: Shape, form: str) -> Plan:
     for found in ([part for part in stored if part not in without] for without in _fewer(list(stored))):
         fields = [stored[part] if part in found else computed(part) for part in wanted]
         if plan := _passes(fields, shape, there, tile):
-            return Plan(frozenset(found) | frozenset(SHIFTS if "codes" in found else ()), *plan)
+            return Plan(frozenset(found) | frozenset(SHIFTS if "codes" in found else ()), plan)
     raise AssertionError(f"{layout.name} {shape}: not even what is computed can be tiled")
 
 
@@ -201,18 +238,16 @@ def _write(plan: Plan, arrays: Arrays, shape: Shape, tile: Tile, out: Dense) -> 
     from packfmt.kernels import retile
 
     lanes, units = tile.lanes, _units(tile.layout.fit(*shape), tile)
-    flat = [np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in plan.arrays]
+    names = {name for one in plan.passes for name, *_ in one.arrays}
+    flat = {name: np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in names}
     groups = {name: out[name].reshape(-1).view(np.uint8).reshape(-(-shape[0] // lanes), -1) for name in units}
     for one in plan.passes:
-        first, end = one.rows
-        sources = [
-            retile.Source(data, begins[first:end], record)
-            for data, begins, record in zip(flat, one.begins, one.records, strict=True)
-        ]
-        mine = slice(first // lanes, -(-end // lanes))
+        sources = [retile.Source(flat[name], begins, record) for name, begins, record in one.arrays]
         targets = [
-            retile.Target(groups[name][mine, at : at + one.times * size], lanes, *units[name])
+            retile.Target(mine[:, at : at + one.times * size], lanes, *units[name])
+            for first in one.rows
             for name, at, size in one.strings
+            for mine in [groups[name][first // lanes : -(-(first + one.each) // lanes)]]
         ]
         retile.rearrange(one.program, sources, one.times, targets)
 
@@ -239,11 +274,10 @@ class Found(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where the bits are of which elements are made, and how: `kind`, `table` and `low` of `kernels.retile.Wanted`."""
+    """Where the bits are of which elements are made, and how: `table` and `low` of `kernels.retile.Wanted`."""
 
     found: Found
-    kind: int = 0
-    table: Array = NO_TABLE
+    table: Array | None = None
     low: Ints = NO_LOW
 
 
@@ -267,13 +301,15 @@ class Field(NamedTuple):
 
 def _stored(fitted: Fitted, part: str) -> Found | None:
     """The bits of a part in the components; None if rows and bits do not just add up."""
-    sides = [(c.name, placement._stored(fitted, c, m)) for c in fitted.components for m in c.members if m.part == part]
+    sides = [
+        (c.name, placement.member_side(fitted, c, m)) for c in fitted.components for m in c.members if m.part == part
+    ]
     return _added_up(fitted, part, sides)
 
 
 def _computed(part: str, there: Fitted) -> Origin:
     """The bits of a part of the tiling in an array of its elements."""
-    found = _added_up(there, part, [(f"its {part}", placement._plain(there.parts[part]))])
+    found = _added_up(there, part, [(f"its {part}", placement.part_side(there.parts[part]))])
     assert found
     return Origin(found)
 
@@ -308,13 +344,11 @@ def _added_up(fitted: Fitted, part: str, sides: list[tuple[str, placement.Side]]
 
 def _origin(part: str, here: Fitted, there: Fitted, tile: Tile) -> Origin | None:
     """What the elements of the tiling's part are made of in the layout's components; None if bits do not tell."""
-    from packfmt.kernels.retile import DIGITS, LOOK_UP
-
-    if part not in here.parts or (part == "scale" and not _same_scales(here, there)):
-        return None
-    found = _stored(here, part)
-    if found is None or part != "codes":
+    found = _stored(here, part) if part in here.parts else None
+    if found is None or part == "zero":
         return found and Origin(found)
+    if part == "scale":
+        return _origin_of_scales(found, here, there)
     name, params, like, planes = (
         here.layout.grid.name,
         dict(here.layout.grid.params),
@@ -333,19 +367,27 @@ def _origin(part: str, here: Fitted, there: Fitted, tile: Tile) -> Origin | None
         places, digits = _base3(params["runs"], params["first"] == "high")
         if params["first"] in ("high", "low") and like.bits == 8 and max(places) < like.shape[-1]:
             bits = found.bits.reshape(-1, like.shape[-1], 8)[:, places].reshape(-1, 8)
-            return Origin(found._replace(bits=bits), DIGITS, low=np.resize(digits, len(bits)))
+            table = sum(BYTES * 3**i % 256 * 3 // 256 << 2 * i for i in range(5)).astype(np.uint16)
+            return Origin(found._replace(bits=bits), table, 2 * np.resize(digits, len(bits)))
     if name == "plane_digits" and like.bits <= 6 and planes <= 4:
-        table = sum(EVERY // 3 ** (planes - 1 - p) % 3 << 2 * p for p in range(planes)).astype(np.uint8)
+        table = sum(BYTES // 3 ** (planes - 1 - p) % 3 << 2 * p for p in range(planes)).astype(np.uint8)
         low = np.repeat(2 * np.arange(planes), len(found.bits))
-        return Origin(found._replace(bits=np.tile(found.bits, (planes, 1))), LOOK_UP, table, low)
+        return Origin(found._replace(bits=np.tile(found.bits, (planes, 1))), table, low)
     return None
 
 
-def _same_scales(here: Fitted, there: Fitted) -> bool:
-    """Whether scales keep their bytes."""
-    a, b = (dict(fitted.layout.grid.params).get("scale") for fitted in (here, there))
-    same: bool = here.parts["scale"].dtype == there.parts["scale"].dtype and a == b
-    return same and not dict(here.layout.grid.params).get("ratio")
+def _origin_of_scales(found: Found, here: Fitted, there: Fitted) -> Origin | None:
+    """Scales that keep their bytes, or bytes that are looked up."""
+    a, b = (dict(fitted.layout.grid.params) for fitted in (here, there))
+    mine, theirs = here.parts["scale"], there.parts["scale"]
+    if a.get("ratio"):
+        return None
+    if (mine.dtype, a.get("scale")) == (theirs.dtype, b.get("scale")):
+        return Origin(found)
+    if not a.get("scale") or mine.bits != 8:
+        return None
+    numbers = _as_floats(a["scale"], theirs.dtype)
+    return Origin(found, numbers.view(f"<u{numbers.itemsize}"), np.zeros(len(found.bits), np.int64))
 
 
 def _fives(bits: Ints) -> Ints:
@@ -385,7 +427,8 @@ def _field(part: str, there: Fitted, tile: Tile, origin: Origin) -> Field | None
     right = len(origin.found.bits) == n * planes and all(
         len(row) == like.shape[0] for row in origin.found.rows.values()
     )
-    if to is None or not right or rest or cols % n or not (origin.kind or origin.found.bits.shape[1] == like.bits):
+    same_bits = origin.table is not None or origin.found.bits.shape[1] == like.bits
+    if to is None or not right or rest or cols % n or not same_bits:
         return None
     bits, low = origin.found.bits.reshape(planes, n, -1), np.broadcast_to(origin.low, (planes * n,)).reshape(planes, n)
     return Field(origin, bits, to.bits.reshape(planes, n, -1), to.which, low, cols // n if n > 1 else 0)
@@ -404,10 +447,8 @@ def _per(tile: Tile) -> int:
 # ---------------------------------------------------------------- programs of them
 
 
-def _passes(
-    fields: list[Field | None], shape: Shape, there: Fitted, tile: Tile
-) -> tuple[tuple[str, ...], tuple[Pass, ...]] | None:
-    """What is read, and the passes; None if rows have too many ways to begin, or columns do not repeat.
+def _passes(fields: list[Field | None], shape: Shape, there: Fitted, tile: Tile) -> tuple[Pass, ...] | None:
+    """The passes; None if rows have too many ways to begin, or columns do not repeat.
 
     Rows are cut where they begin at another bit of a byte, and columns into runs and a rest.
     """
@@ -421,29 +462,46 @@ def _passes(
     run, records, steps = _run(good, tile.run * _per(tile), cols)
     times = cols // run if run else 0
     left = sum(field.to[:, times * run // field.cols :].size for field in good if field.cols)
-    shifts = np.stack([row % 8 for row in rows.values()])
-    cuts = [0, *(np.flatnonzero((np.diff(shifts) != 0).any(0)) + 1).tolist(), shape[0]]
-    if left > MOST_BITS or len(cuts) > MOST_CUTS or any(cut % PAIR for cut in cuts[:-1]):
-        return None
-    begins = tuple(row // 8 for row in rows.values())
     groups, units = -(-shape[0] // tile.lanes), _units(there, tile)
     sizes = {c.name: c.nbytes // groups for c in there.components}
-    passes = []
+    passes = list[Pass]()
+    for start, stop, count in ((0, run, times), (times * run, cols, 1)):
+        some = [cut for field in good if (field.cols or count == 1) and (cut := _cut(field, start, stop)).to.size]
+        if not some or not count:
+            continue
+        strings = []
+        for field in some:
+            for name in dict.fromkeys(field.string):
+                at = times * steps[name] if start and field.cols else 0
+                strings.append((name, at, steps[name] if count > 1 else sizes[name] - at))
+        mine = {name: row for field in some for name, row in field.origin.found.rows.items()}
+        together = _together(mine, shape[0])
+        if left > MOST_BITS or together is None:
+            return None
+        for size, firsts in together:
+            shifts = [{name: int(row[first]) % 8 for name, row in mine.items()} for first in firsts]
+            program = _program(some, shifts, strings, units, tile.lanes)
+            arrays = tuple(
+                (name, row[firsts[0] : firsts[0] + size] // 8, records.get(name, 0) if count > 1 else 0)
+                for name, row in mine.items()
+            )
+            passes.append(Pass(program, tuple(firsts), size, arrays, count, tuple(strings)))
+    return tuple(passes)
+
+
+def _together(rows: dict[str, Ints], count: int) -> list[tuple[int, list[int]]] | None:
+    """Rows cut where they begin at another bit of a byte: (how many, firsts of those that begin at the same bytes).
+
+    None if there are too many cuts, or some between rows that a program reads at a time.
+    """
+    begins = np.stack([*rows.values()])
+    cuts = [0, *(np.flatnonzero((np.diff(begins % 8) != 0).any(0)) + 1).tolist(), count]
+    if len(cuts) > MOST_CUTS or any(cut % PAIR for cut in cuts[:-1]):
+        return None
+    found: dict[tuple[int, bytes], list[int]] = {}
     for first, end in pairwise(cuts):
-        shift = dict(zip(rows, shifts[:, first].tolist(), strict=True))
-        for start, stop, count in ((0, run, times), (times * run, cols, 1)):
-            some = [cut for field in good if (field.cols or count == 1) and (cut := _cut(field, start, stop)).to.size]
-            if not some or not count:
-                continue
-            strings = []
-            for field in some:
-                for name in dict.fromkeys(field.string):
-                    at = times * steps[name] if start and field.cols else 0
-                    strings.append((name, at, steps[name] if count > 1 else sizes[name] - at))
-            program = _program(some, shift, strings, units, tile.lanes)
-            on = tuple(records.get(name, 0) if count > 1 else 0 for name in rows)
-            passes.append(Pass(program, (first, end), begins, on, count, tuple(strings)))
-    return tuple(rows), tuple(passes)
+        found.setdefault((end - first, (begins[:, first:end] // 8).tobytes()), []).append(first)
+    return [(size, firsts) for (size, _), firsts in found.items()]
 
 
 def _run(fields: list[Field], least: int, cols: int) -> tuple[int, dict[str, int], dict[str, int]]:
@@ -499,38 +557,38 @@ def _cut(field: Field, start: int, stop: int) -> Field:
 
 def _program(
     fields: list[Field],
-    shift: dict[str, int],
+    shifts: list[dict[str, int]],
     strings: list[tuple[str, int, int]],
     units: dict[str, tuple[int, bool]],
     lanes: int,
 ) -> Program:
-    """What makes a run, in rows that begin so many bits after a byte."""
+    """What makes a run, in rows that begin so many bits after a byte; and then in others of the same bytes."""
     from packfmt.kernels import retile
 
-    dwords = [-(-size // (4 * lanes)) for *_, size in strings]
-    places = {name: (at, units[name][0], sum(dwords[:i])) for i, (name, at, _) in enumerate(strings)}
-    arrays, wanted = list(shift), []
-    for field in fields:
-        which = field.origin.found.which
-        at, unit, dword = np.array([places[name] for name in field.string]).T
-        to, chunk = field.to.reshape(-1, len(field.string)) - 8 * at, 8 * unit * lanes
-        wanted.append(
-            retile.Wanted(
-                np.array([arrays.index(name) for name in which]),
-                field.bits.reshape(-1, len(which)) + np.array([shift[name] for name in which]),
-                32 * dword + to // chunk * 8 * unit + to % chunk,  # as bits of one row
-                field.origin.kind,
-                field.origin.table,
-                field.low.reshape(-1),
+    words = [-(-size // (retile.WORD * lanes)) for *_, size in strings]
+    places = {name: (at, units[name][0], sum(words[:i])) for i, (name, at, _) in enumerate(strings)}
+    arrays, wanted = list(shifts[0]), []
+    for i, shift in enumerate(shifts):
+        for field in fields:
+            which = field.origin.found.which
+            at, unit, word = np.array([places[name] for name in field.string]).T
+            to, chunk = field.to.reshape(-1, len(field.string)) - 8 * at, 8 * unit * lanes
+            wanted.append(
+                retile.Wanted(
+                    np.array([arrays.index(name) for name in which]),
+                    field.bits.reshape(-1, len(which)) + np.array([shift[name] for name in which]),
+                    64 * (word + i * sum(words)) + to // chunk * 8 * unit + to % chunk,  # as bits of one row
+                    field.origin.table,
+                    field.low.reshape(-1),
+                )
             )
-        )
-    return retile.program(wanted, sum(dwords))
+    return retile.program(wanted, len(shifts) * sum(words))
 
 
 # ---------------------------------------------------------------- parts that are computed first
 
 
-def _codes(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile) -> Array:
+def _codes(layout: Layout, shape: Shape, parts: Arrays, tile: Tile) -> Array:
     """A code for each weight, or quad, as the tile's grid has them."""
     part = tile.layout.fit(*shape).parts["codes"]
     found = parts["codes"]
@@ -547,24 +605,30 @@ def _codes(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile)
     return found.astype(dtype_of(part.dtype)).reshape(part.shape)
 
 
-def _zeros(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile) -> Array:
+def _zeros(layout: Layout, shape: Shape, parts: Arrays, tile: Tile) -> Array:
     return _spread(parts["zero"], tile.layout.fit(*shape).parts["zero"].shape)
 
 
-def _scales(layout: Layout, shape: Shape, parts: Arrays, of: Meaning, tile: Tile) -> Array:
+def _scales(layout: Layout, shape: Shape, parts: Arrays, tile: Tile) -> Array:
     """Scales as they are stored, or the same numbers in the tile's dtype; one for each row, block and plane."""
     wanted = tile.layout.fit(*shape).parts["scale"]
     params, stored, dtype = dict(layout.grid.params), parts["scale"], dtype_of(wanted.dtype)
     named = params.get("scale", "")
     with np.errstate(over="ignore"):
         if params.get("ratio"):
-            stored = scales(stored, of.planes, SPELLINGS[layout.grid.name], params["ratio"])
+            stored = scales(stored, tile.how.planes, SPELLINGS[layout.grid.name], params["ratio"])
         elif named and dict(tile.layout.grid.params).get("scale") != named:
-            stored = minifloat.numbers(named)[stored].astype(dtype)
+            stored = _as_floats(named, wanted.dtype)[stored]
         elif stored.dtype != dtype:
             stored = stored.astype(F32).astype(dtype)
-    planes = [of.planes] if tile.layout.grid.name == "planes" else []
+    planes = [tile.how.planes] if tile.layout.grid.name == "planes" else []
     return _spread(stored.reshape(stored.shape[0], *planes, -1), (shape[0], *planes, wanted.shape[1 + len(planes)]))
+
+
+def _as_floats(named: str, dtype: str) -> Array:
+    """What each code of a named format is in a float that has all of its numbers."""
+    with np.errstate(over="ignore"):
+        return minifloat.numbers(named).astype(dtype_of(dtype))
 
 
 def _spread(part: Array, shape: tuple[int, ...]) -> Array:

@@ -82,7 +82,6 @@ class Tile:
     exponent, nan : of scales that are powers of two: the byte that is one, and whether 255 is no number
     run : steps along the codes' columns after which their order repeats
     added : what is added to a step to make a code, where the tile spells steps anew; else None
-    moved : whether a row of the storage layout has the bytes of the tile's runs
     form : of what is looked up; else empty
     """
 
@@ -96,7 +95,6 @@ class Tile:
     unit: float
     run: int
     added: int | None
-    moved: bool
     form: str
 
     @property
@@ -151,7 +149,7 @@ def tile(layout: Layout, shape: Shape, form: str = "") -> Tile | None:
         str(params.get("global_scale", "")), layout.grid.name == "quotient",
     )  # fmt: skip
     exponent, nan = (params["exponent"], False) if layout.grid.name == "table" else (127, True)
-    found = held.table, held.bias, exponent, nan, of.unit, held.steps, held.added, held.moved, form
+    found = held.table, held.bias, exponent, nan, of.unit, held.steps, held.added, form
     return Tile(made, how, order, *found)
 
 
@@ -210,7 +208,6 @@ class Held:
     dtype: str = "u1"
     levels: int = 0
     added: int | None = None
-    moved: bool = False
     lanes: int = LANES
 
     def padded(self, whole: bool) -> tuple[Axis, ...]:
@@ -328,7 +325,7 @@ def _codes(layout: Layout, shape: Shape, of: Meaning) -> Held | None:
     kind, table, bias = found
     return Held(
         widths, kind, axis, axes, spelled, runs, period, runs[0].columns(), table, bias, bits,
-        dtype=dtype, levels=levels, added=added, moved=stored is not None,
+        dtype=dtype, levels=levels, added=added,
     )  # fmt: skip
 
 

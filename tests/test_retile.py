@@ -16,7 +16,6 @@ from packfmt.kernels import pages, retile, threads
 pytestmark = pytest.mark.kernels
 
 every_kind = pytest.mark.parametrize(("lanes", "unit", "woven"), retile.KINDS)
-NO_TABLE, NO_LOW = np.zeros(64, np.uint8), np.zeros(1, np.int64)
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -31,7 +30,7 @@ def room(nbytes: int) -> np.ndarray:
 
 
 def plain(to: np.ndarray, bits: np.ndarray, source: tuple[int, ...]) -> retile.Wanted:
-    return retile.Wanted(np.array(source), bits, to, retile.PLAIN, NO_TABLE, NO_LOW)
+    return retile.Wanted(np.array(source), bits, to)
 
 
 def bit_of(source: retile.Source, row: int, run: int, bit: int) -> int:
@@ -47,10 +46,8 @@ def slow_elements(wanted: retile.Wanted, sources: list[retile.Source], row: int,
         code = sum(
             bit_of(sources[k], row, run, int(b)) << j for j, (k, b) in enumerate(zip(wanted.source, bits, strict=True))
         )
-        if wanted.kind == retile.LOOK_UP:
+        if wanted.table is not None and wanted.low is not None:
             code = int(wanted.table[code]) >> int(wanted.low[i])
-        if wanted.kind == retile.DIGITS:
-            code = code * 3 ** int(wanted.low[i]) % 256 * 3 // 256
         out.append(code & ((1 << width) - 1))
     return out
 
@@ -58,19 +55,19 @@ def slow_elements(wanted: retile.Wanted, sources: list[retile.Source], row: int,
 def slow_tiles(
     wanted: list[retile.Wanted], sources: list[retile.Source], times: int, counts: list[int], target: retile.Target
 ) -> list[bytes]:
-    """The strings of all targets, which have so many dwords of a row in each run."""
+    """The strings of all targets, which have so many words of a row in each run."""
     rows, lanes, unit = len(sources[0].rows), target.lanes, target.unit
-    groups, dwords = -(-rows // lanes), sum(counts)
-    found = np.zeros((groups * lanes, times, dwords), np.uint64)
+    groups, words = -(-rows // lanes), sum(counts)
+    found = np.zeros((groups * lanes, times, words), np.uint64)  # rows that there are not stay so
     for row, run in np.ndindex(rows, times):
         for one in wanted:
             for places, element in zip(one.to, slow_elements(one, sources, row, run), strict=True):
                 for j, bit in enumerate(places.tolist()):
-                    found[row, run, bit // 32] |= np.uint64((element >> j & 1) << bit % 32)
+                    found[row, run, bit // 64] |= np.uint64((element >> j & 1) << bit % 64)
     order = [r // 2 + r % 2 * 16 for r in range(32)] if target.woven else list(range(lanes))
     strings = []
     for first, count in zip(np.cumsum([0, *counts]), counts, strict=False):
-        mine = np.ascontiguousarray(found[:, :, first : first + count].astype("<u4")).view(np.uint8)
+        mine = np.ascontiguousarray(found[:, :, first : first + count].astype("<u8")).view(np.uint8)
         units = mine.reshape(groups, lanes, times, -1, unit)[:, order]
         strings.append(np.ascontiguousarray(units.transpose(0, 2, 3, 1, 4)).tobytes())
     return strings
@@ -88,7 +85,7 @@ def check(
     """apart, shift : bytes between groups of a target, and before the first"""
     rows, lanes = len(sources[0].rows), kind[0]
     groups = -(-rows // lanes)
-    sizes = [times * 4 * lanes * count for count in counts]
+    sizes = [times * 8 * lanes * count for count in counts]
     rooms = [room(groups * (size + apart) + shift)[shift:].reshape(groups, -1) for size in sizes]
     targets = [retile.Target(r[:, :size], *kind) for r, size in zip(rooms, sizes, strict=True)]
     retile.rearrange(retile.program(wanted, sum(counts)), sources, times, targets)
@@ -106,7 +103,7 @@ def rows_of(count: int, nbytes: int, record: int = 0) -> retile.Source:
 @pytest.mark.parametrize("rows", [1, 16, 31, 33, 64])
 def test_dwords_go_where_rows_lie_side_by_side(rows: int, lanes: int, unit: int, woven: bool) -> None:
     bits = np.arange(64)[None]
-    check([plain(bits, 8 + bits, (0,) * 64)], [rows_of(rows, 24, 8)], 2, [2], (lanes, unit, woven))
+    check([plain(bits, 8 + bits, (0,) * 64)], [rows_of(rows, 24, 8)], 2, [1], (lanes, unit, woven))
 
 
 @given(data=st.data())
@@ -123,7 +120,7 @@ def test_any_bits_of_any_rows_in_one_pass(data: st.DataObject) -> None:
         reaches.append(reach)
     counts = draw(st.lists(st.integers(1, 2), min_size=1, max_size=2))
     width = draw(st.integers(1, 8))
-    some = rng.permutation(32 * sum(counts))
+    some = rng.permutation(64 * sum(counts))
     to = some[: draw(st.integers(1, len(some) // width)) * width].reshape(-1, width)
     which = tuple(int(rng.integers(len(sources))) for _ in range(width))
     bits = np.stack([rng.integers(0, 8 * reaches[k], len(to)) for k in which], axis=1)
@@ -131,33 +128,32 @@ def test_any_bits_of_any_rows_in_one_pass(data: st.DataObject) -> None:
     check([plain(to, bits, which)], sources, times, counts, draw(st.sampled_from(retile.KINDS)), apart, shift)
 
 
-def test_every_byte_has_its_digits() -> None:
-    """With elements that are no digits beside them."""
-    data = np.arange(256, dtype=np.uint8)
-    source = retile.Source(data, np.arange(32) * 8, 0)
-    codes = np.repeat(np.arange(64).reshape(8, 8), 5, axis=0)
-    low = np.tile(np.arange(5), 8)
-    to = np.arange(80).reshape(40, 2)
-    digits = retile.Wanted(np.zeros(8, int), codes, to, retile.DIGITS, NO_TABLE, low)
-    beside = plain(np.arange(96, 104)[None], np.arange(8)[None], (0,) * 8)
-    check([digits, beside], [source], 1, [3, 1])
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4"])
+@pytest.mark.parametrize("bits", [1, 6, 7, 8])
+def test_every_code_is_looked_up(bits: int, dtype: str) -> None:
+    """Some parts of its number, wherever they begin in it, with elements that are not looked up beside them."""
+    table = noise(256 * np.dtype(dtype).itemsize).view(dtype)
+    data = np.arange(1 << bits, dtype=np.uint8).repeat(2)
+    source = retile.Source(data, np.arange(len(data)), 0)
+    low = np.arange(0, 8 * table.itemsize - 3, 3)
+    codes = np.broadcast_to(np.arange(bits), (len(low), bits))
+    looked_up = retile.Wanted(np.zeros(bits, int), codes, np.arange(4 * len(low)).reshape(-1, 4), table, low)
+    beside = plain(np.arange(64, 65)[None], np.arange(1)[None], (0,))
+    check([looked_up, beside], [source], 1, [2])
 
 
-@pytest.mark.parametrize("bits", [4, 6])
-def test_every_code_is_looked_up(bits: int) -> None:
-    table = np.append(np.uint8(0), noise(63))
-    data = np.repeat(np.arange(1 << bits, dtype=np.uint8), 2)[:, None].repeat(2, 1).reshape(-1)
-    source = retile.Source(data, np.arange(2 << bits) * 2, 0)
-    codes = np.tile(np.arange(bits), (4, 1)) + np.array([0, 0, 8, 8])[:, None]
-    to = np.arange(16).reshape(4, 4)
-    looked_up = retile.Wanted(np.zeros(bits, int), codes, to, retile.LOOK_UP, table, np.array([0, 4, 4, 0]))
-    check([looked_up], [source], 1, [1])
+@every_kind
+def test_rows_that_there_are_not_are_zeros(lanes: int, unit: int, woven: bool) -> None:
+    """Though the table has something for 0, in two runs."""
+    bits = np.arange(64).reshape(8, 8)
+    looked_up = retile.Wanted(np.zeros(8, int), bits, bits, 255 - np.arange(256, dtype=np.uint8), np.zeros(8, int))
+    check([looked_up], [rows_of(37, 16, 8)], 2, [1], (lanes, unit, woven), apart=5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_number_of_threads_writes_the_same(count: int) -> None:
     bits = np.arange(512)[None]
-    program = retile.program([plain(bits, bits[:, ::-1], (0,) * 512)], 16)
+    program = retile.program([plain(bits, bits[:, ::-1], (0,) * 512)], 8)
     sources, out = [rows_of(16 * 81 + 5, 64 * 9, 64)], room(82 * 9 * 1024).reshape(82, -1)
     with threads.limit(count):
         retile.rearrange(program, sources, 9, [retile.Target(out, 16, 4)])

@@ -20,7 +20,7 @@ from test_products import NAMES, activations, assert_same, layout_of, random_com
 import packfmt
 from packfmt import codecs, grids, placement, retiling, tilings, verify
 from packfmt.cli import run
-from packfmt.codec import Codec, PackedTensor
+from packfmt.codec import Codec, PackedTensor, exact_if
 from packfmt.errors import LayoutError, PlanError
 from packfmt.exporters import Extras
 from packfmt.exporters import safetensors as container
@@ -44,8 +44,6 @@ LOOKED_UP = [n + suffix for n in NAMES if n in OF_QUADS for suffix in ("_words32
 every = pytest.mark.parametrize("name", [*TILED, *LOOKED_UP])
 FORMS = {suffix: form for form, suffix in tilings.SUFFIXES.items()}
 RESPELLED = ("base3", "pairs", "tl2", "plane_digits", "plane_base3")  # grids whose codes become steps
-# Whose codes are spelled in ways that a tiling does not remember, and whose experts have rows of their own there.
-ONE_WAY = {"hif4", "hif4_h16"}
 
 
 def of(name: str) -> str:
@@ -179,12 +177,41 @@ def test_repacking_there_and_back(name: str) -> None:
     layout = codecs.get(name).layout
     there = packed.repack(layout)
     assert packed.refuses(layout) == "" and raw(there) == raw(tiled(packed, name))
-    if of(name) in ONE_WAY:
-        assert there.refuses(packed.layout)
-        with pytest.raises(LayoutError, match=f"^{name} to {of(name)}: "):
-            there.repack(packed.layout)
-        return
+    assert there.refuses(packed.layout) == ""
     assert raw(there.repack(packed.layout)) == raw(packed)
+
+
+@pytest.mark.parametrize("name", ["hif4", "hif4_h16"])
+def test_any_bytes_of_hif4_come_back(name: str) -> None:
+    """Every scale, and every doubling of any weights."""
+    layout = layout_of(name)
+    packed = in_order(random_weight(layout, (33, 64 * 17), 6, "bytes"))
+    assert len(np.unique(packed.unpack()["scale"])) > 200
+    there = tiled(packed, name + "_tile16")
+    assert raw(there.repack(layout)) == raw(packed)
+    says = "all weights that share a doubling there have it, and every scale is a ufloat8_e6m2"
+    assert exact_if(there.layout, layout, there.shape) == says
+    for shape in ((0, 64), (5, 0)):
+        empty = codecs.get(name).encode(np.zeros(shape, F32))
+        assert raw(tiled(empty, name + "_tile16").repack(layout)) == raw(empty)
+
+
+HIF4_REFUSED = {
+    "shift8": ("codes", (3, 70), 1 << 4, r"column 70 of row 3 is not doubled as its neighbours are \(shift8\)$"),
+    "shift4": ("codes", (3, 70), 1 << 5, r"column 70 of row 3 is not doubled as its neighbours are \(shift4\)$"),
+    "scale": ("scale", (2, 1), 1, r"scale \[2, 1\] is .*, which is no ufloat8_e6m2$"),
+}
+
+
+@pytest.mark.parametrize("name", HIF4_REFUSED)
+def test_what_hif4_has_not_got_does_not_come_back(name: str) -> None:
+    part, at, flipped, says = HIF4_REFUSED[name]
+    there = tiled(random_weight(layout_of("hif4"), (5, 128), 7, "ordinary"), "hif4_tile16")
+    parts = there.unpack()
+    parts[part].view(np.uint8 if part == "codes" else np.uint16)[at] ^= flipped
+    other = PackedTensor(there.layout, there.shape, placement.pack(there.layout, there.shape, parts))
+    with pytest.raises(LayoutError, match="^hif4_tile16 to hif4: " + says):
+        other.repack(layout_of("hif4"))
 
 
 @pytest.mark.parametrize("name", [n for n in LOOKED_UP if "perm" not in n])
@@ -296,7 +323,7 @@ def test_a_converted_model_is_multiplied_as_it_lies_in_its_file(name: str, tmp_p
     assert seen == 3
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "sherry"])
+@pytest.mark.parametrize("name", ["mxfp4", "sherry", "hif4"])
 def test_what_is_packed_becomes_tiles_and_comes_back(name: str, tmp_path: Path) -> None:
     model = folder(tmp_path / "model")
     packfmt.convert(model, tmp_path / "packed", to=name)
