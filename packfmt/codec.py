@@ -95,10 +95,12 @@ class PackedTensor:
             raise LayoutError(f"{self.layout.name}: decoding to {dtype!r}, needs float32 or bfloat16")
         if out is not None and (out.shape != self.shape or not out.flags.carray):
             raise LayoutError(f"{self.layout.name}: out is {out.shape}, needs a writable C-contiguous {self.shape}")
-        if out is None and dtype == "bfloat16":
+        made = out is None and dtype == "bfloat16"
+        if made:
             out = np.empty(self.shape, dtype_of(dtype))
-        target = None if out is None else out.reshape(self.matrix)
-        return fused.decode(self.layout, self.matrix, self.components, target).reshape(self.shape)
+        shape = self.matrix
+        target = None if out is None else out.reshape(shape)
+        return fused.decode(self.layout, shape, self.components, target, fresh=made).reshape(self.shape)
 
     def matmul(self, x: Array, threads: int | None = None) -> npt.NDArray[np.float32]:
         """The product of the weight with activations, by the canonical sums (spec/products.md).
@@ -144,6 +146,8 @@ class PackedTensor:
             moved = retiling.tiled(self.layout, self.matrix, self.components, form)
         elif moves_as_bits(self.layout, layout, self.shape):
             moved = placement.repack(self.layout, layout, self.matrix, self.components)
+        elif retiling.comes_from(self.layout, layout, self.matrix):
+            moved = retiling.untiled(self.layout, layout, self.matrix, self.components)
         else:
             moved = respelling.respell(self.layout, layout, self.matrix, self.components, rounded_reciprocal)
         return PackedTensor(layout, self.shape, moved, self.dtype)
@@ -161,12 +165,18 @@ def moves_as_bits(source: Layout, target: Layout, shape: tuple[int, ...]) -> boo
 
 def why_inexact(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
     """Why repacking must change a number; empty if it is exact, or if the numbers decide (`exact_if`)."""
-    return "" if only_places(source, target, shape) else respelling.why_not(source, target, matrix(shape))
+    if only_places(source, target, shape) or retiling.comes_from(source, target, matrix(shape)):
+        return ""
+    return respelling.why_not(source, target, matrix(shape))
 
 
 def exact_if(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
     """What must be true of the numbers for an exact repacking, in words; empty if nothing."""
-    return "" if only_places(source, target, shape) else respelling.condition(source, target, matrix(shape))
+    if only_places(source, target, shape):
+        return ""
+    if retiling.comes_from(source, target, matrix(shape)):
+        return retiling.condition(target)
+    return respelling.condition(source, target, matrix(shape))
 
 
 def only_places(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
@@ -176,6 +186,8 @@ def only_places(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
 
 def respelled_bytes(source: Layout, target: Layout, shape: tuple[int, ...]) -> int:
     """Bytes that spelling a tensor anew holds beside its components."""
+    if retiling.comes_from(source, target, matrix(shape)):
+        return retiling.HELD * prod(shape)
     return respelling.held(source, target, matrix(shape))
 
 
@@ -195,7 +207,7 @@ def encoding_bytes(layout: Layout, shape: tuple[int, ...], lossless: bool = Fals
 
 def same_numbers(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
     """Whether codes of both mean the same numbers times scales, or all are ternary: then nothing need be rounded."""
-    return respelling.alike(source, target, matrix(shape))
+    return retiling.comes_from(source, target, matrix(shape)) or respelling.alike(source, target, matrix(shape))
 
 
 def only_inverts(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:

@@ -9,8 +9,7 @@ import pytest
 
 import packfmt
 from packfmt import codecs, fused
-from packfmt.kernels import blocks
-from packfmt.kernels.vectors import INTERPRETED
+from packfmt.kernels import floats
 from packfmt.layout import dtype_of
 from tests.models import normal
 
@@ -73,7 +72,7 @@ def test_every_upper_half_rounds_to_nearest_even(through: bool) -> None:
     for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         numbers = (upper | np.uint32(lower)).view(F32)
         out = np.zeros(1 << 16, np.uint16)
-        blocks.convert(numbers, out, through)
+        floats.convert(numbers, out, through)
         assert_rounded(out.view(BF16), numbers)
 
 
@@ -84,59 +83,17 @@ def test_any_part_of_an_array_can_be_rounded(through: bool) -> None:
     for start in (0, 1, 5, 31):
         for size in (0, 1, 31, 32, 33, 64, 97):
             room = np.full(200, 77, np.uint16)
-            blocks.convert(numbers[:size], room[start : start + size], through)
+            floats.convert(numbers[:size], room[start : start + size], through)
             assert_rounded(room[start : start + size].view(BF16), numbers[:size])
             assert (room[:start] == 77).all() and (room[start + size :] == 77).all()
 
 
-def test_one_number_rounds_as_many_do() -> None:
-    if INTERPRETED:
-        pytest.skip("nothing is compiled, so there is one way only")
-    numbers = np.random.default_rng(0).integers(0, 1 << 32, 3200, dtype=np.uint32).view(F32)
-    out = np.zeros(3200, np.uint16)
-    blocks.convert(numbers, out)
-    one = [blocks._bfloat(number) for number in numbers]
-    assert one == out.tolist()
-
-
-FOUR_BITS = blocks.Places(
-    16, 32, np.empty((0, 7), np.int64), np.array([[0, 32, 4, 0, 0]]), np.empty((0, 4), np.int64), np.ones(5, np.uint8)
-)
-
-
-def by_hand(records: npt.NDArray[np.uint8], scale: npt.NDArray[np.float32], values: npt.NDArray[np.float32]):
-    codes = np.stack([records & 15, records >> 4], -1).reshape(len(records), -1)
-    with np.errstate(all="ignore"):
-        return values[codes] * np.repeat(np.resize(scale, (len(codes), scale.shape[1])), 32, axis=1)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled, so nothing is looked up")
-@pytest.mark.parametrize("through", [False, True])
-@pytest.mark.parametrize("rows_of_scales", [1, 5])
-def test_looked_up_numbers_are_rounded_once(through: bool, rows_of_scales: int) -> None:
-    """Scales of all sizes, infinite and none among them; the kernel writes float32 or bfloat16, at any address."""
-    rng = np.random.default_rng(0)
-    records = rng.integers(0, 256, (5, 8 * 16), np.uint8)
-    scale = rng.integers(0, 1 << 32, (rows_of_scales, 8), np.uint32).view(F32)
-    scale[0, :5] = np.inf, np.nan, 2.0**-149, 2.0**127, 0
-    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], F32)
-    numbers, whole = blocks.numbers_of(values), blocks.numbers_of(np.arange(16, dtype=F32) - F32(8))
-    assert blocks.finishes(numbers, "times", 1, 256, 32)
-    wanted, steps = by_hand(records, scale, values), by_hand(records, scale, np.arange(16, dtype=F32) - F32(8))
-    for start in (0, 8, 24):
-        wide, few = np.full(5 * 256 + start, 7, F32), np.full(5 * 256 + start, 7, np.uint16)
-        for out in (wide[start:].reshape(5, 256), few[start:].reshape(5, 256)):
-            as_found = (lambda out=out: out) if out.dtype == F32 else (lambda out=out: out.view(BF16))
-            assert blocks.decode(records, FOUR_BITS, scale, out, numbers, through=through)
-            assert_same(as_found(), wanted)
-            assert blocks.decode(records, FOUR_BITS, scale, out, whole, through=through)
-            assert_same(as_found(), steps)
-        assert (wide[:start] == 7).all() and (few[:start] == 7).all()
-
-
-def assert_same(found: npt.NDArray[np.generic], numbers: npt.NDArray[np.float32]) -> None:
-    if found.dtype == F32:
-        none = np.isnan(numbers)
-        assert np.isnan(found[none]).all() and found[~none].tobytes() == numbers[~none].tobytes()
-    else:
-        assert_rounded(found, numbers)
+@pytest.mark.parametrize("name", ["q8_0", "bf16", "ptq161"])
+def test_a_fresh_array_gets_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "LEAST_THROUGH", 0)
+    packed = packfmt.pack(normal(2, COLS), name)
+    found = [np.full((2, COLS), 7, BF16) for _ in range(2)]
+    for fresh, out in enumerate(found):
+        fused.decode(packed.layout, (2, COLS), packed.components, out, bool(fresh))
+    assert found[0].tobytes() == found[1].tobytes()
+    assert_rounded(found[0], packed.decode())

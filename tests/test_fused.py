@@ -21,7 +21,8 @@ from random_layouts import layouts, tasks
 from packfmt import codecs, fused, grids, minifloat
 from packfmt.errors import LayoutError
 from packfmt.kernels import blocks as kernel
-from packfmt.kernels.blocks import Places
+from packfmt.kernels import floats
+from packfmt.kernels.places import Places
 from packfmt.kernels.vectors import INTERPRETED
 from packfmt.layout import (
     COLS,
@@ -516,7 +517,7 @@ def test_every_half_widens_as_numpy_does_it(dtype: str) -> None:
     for through in (False, True):
         for first in (0, 3):
             out = np.full(1 << 16, 7, F32)
-            kernel.convert(as_given[first:], out[first:], through)
+            floats.convert(as_given[first:], out[first:], through)
             assert out[first:].tobytes() == source[first:].astype(F32).tobytes()
 
 

@@ -1,8 +1,7 @@
 """Bytes of any blocks to weights, in one pass.
 
 A row of records becomes codes, and codes become numbers, sixteen at a time: looked up, if they have few bits, or
-computed. What leaves the loop is float32 or bfloat16, and may go past the cache. Where the codes lie, the loops know
-from tables, not from a format's name.
+computed. Where the codes lie, the loops know from tables, not from a format's name.
 """
 
 from __future__ import annotations
@@ -11,24 +10,19 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from packfmt.kernels import simd, simd_code
 from packfmt.kernels.cache import njit
+from packfmt.kernels.floats import VERSION
+from packfmt.kernels.places import FIVES, Places
 from packfmt.kernels.simd import (
     add,
     addf,
     and_,
     as_floats,
-    bfloat_to_float,
     divf,
-    half_to_float,
     ints_of,
     load_bytes16,
     load_floats16,
-    load_shorts16,
     look_up_words,
     mulf,
     or_,
@@ -36,11 +30,10 @@ from packfmt.kernels.simd import (
     same_int,
     select_less,
     shift_left,
-    shift_right,
+    store,
     subf,
     to_float,
     widen,
-    widen_shorts,
     xor,
 )
 from packfmt.kernels.vectors import (
@@ -50,10 +43,7 @@ from packfmt.kernels.vectors import (
     Arithmetic,
     _eight_bytes,
     _floats_plainly,
-    _four_digits,
     _sixteen_bytes,
-    _sixteen_digits,
-    _sixteen_fields,
     _spread_1,
     _spread_2,
     _spread_3,
@@ -62,45 +52,14 @@ from packfmt.kernels.vectors import (
     _spread_6,
     _spread_7,
     _spread_fives,
-    _Vectors,
-    _wait_for_stores,
 )
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)  # a float32 without its sign
-INFINITE = np.uint32(0x7F800000)  # above which magnitudes are no numbers
-QUIET = np.uint32(1 << 22)  # which keeps a NaN one where its lower half goes
-HALF_BELOW = np.uint32(0x7FFF)  # just less than half of what bfloat16 rounds to
 NEGATIVE = np.int32(-(1 << 31))  # the sign of a float32
 FEW = 64  # codes of a run
 TABLE = 16  # numbers that one register holds
-LONG = 256  # codes of a cell, whose runs are faster without a table
-LINE = 16  # bytes of which a place is a multiple, to be written past the cache
-FIVES = 80  # bits of sixteen codes, as `_spread_fives` reads them
 
 LOOKED_UP, WHOLE, COMPUTED, PLAIN = range(4)  # how codes become numbers
-
-
-class Places(NamedTuple):
-    """Where the codes of one cell lie. A cell is `size` bytes, and `codes` codes in their order.
-
-    Streams are read before runs, each in order; what has `low` 0 replaces the code, the rest is added to it.
-
-    runs : (n, 7) int64: byte, count, shift, mask, code, step, low. Byte `byte + i` holds, from bit
-        `shift` up, bits `low` and above of code `code + step * i`.
-    streams : (n, 5) int64: byte, count, bits, code, low. From the first bit of `byte` on, fields of `bits` bits
-        hold bits `low` and above of `count` codes, one after the other; 1 to 7 bits. With FIVES bits, all but the
-        last of every sixteen codes of 5 bits, three to each two bytes.
-    digits : (n, 4) int64: byte, count, digits, code. Base-3 bytes; digit i of byte `byte + m` is the
-        code `code + m + count * i`.
-    powers : (5,) uint8: what brings digit i of a byte to its top
-    """
-
-    size: int
-    codes: int
-    runs: np.ndarray
-    streams: np.ndarray
-    digits: np.ndarray
-    powers: np.ndarray
 
 
 MOST_SPECIAL = 8  # codes of a sign that are infinite or no number
@@ -122,14 +81,20 @@ class Numbers(NamedTuple):
     unit: np.float32
 
 
+def looked_up(tables: np.ndarray) -> Numbers:
+    """Numbers that are looked up. tables (tables, codes) float32"""
+    none, zero = np.uint32(0), F32(0)
+    how = Arithmetic(none, none, none, none, zero, zero, np.uint8(255))
+    return Numbers(LOOKED_UP, tables, how, np.int32(0), zero, F32(1))
+
+
 def numbers_of(values: np.ndarray) -> Numbers:
     """How to get at these numbers fastest, bit for bit. values (codes,) or (tables, codes) float32, for all codes"""
     tables = np.ascontiguousarray(np.atleast_2d(values), F32)
     first, zero = tables[0], F32(0)
-    none = np.uint32(0)
-    how = Arithmetic(none, none, none, none, zero, zero, np.uint8(255))
+    none = looked_up(tables).how
     if len(first) <= 2 * TABLE and not np.isnan(tables).any():
-        return Numbers(LOOKED_UP, tables, how, np.int32(0), zero, F32(1))
+        return looked_up(tables)
     for half in (0, len(first) // 2):
         codes = (np.arange(len(first)) ^ half).astype(F32)
         unit = np.abs(first[1 ^ half] - first[half])
@@ -137,9 +102,9 @@ def numbers_of(values: np.ndarray) -> Numbers:
             middle = -first[half] / unit
             found = (codes - middle) * unit
         if found.tobytes() == first.tobytes():
-            return Numbers(WHOLE, tables, how, np.int32(half), F32(middle), F32(unit))
+            return Numbers(WHOLE, tables, none, np.int32(half), F32(middle), F32(unit))
     found_how = arithmetic(first)
-    return Numbers(COMPUTED if found_how else PLAIN, tables, found_how or how, np.int32(0), zero, F32(1))
+    return Numbers(COMPUTED if found_how else PLAIN, tables, found_how or none, np.int32(0), zero, F32(1))
 
 
 def arithmetic(values: np.ndarray) -> Arithmetic | None:
@@ -176,7 +141,6 @@ def decode(
     way: str = "times",
     planes: int = 1,
     which: np.ndarray | None = None,
-    through: bool = False,
 ) -> bool:
     """w = number(code) * scale, in float32, each operation rounding on its own. On one thread.
 
@@ -185,13 +149,12 @@ def decode(
     records : (rows, bytes) uint8
     places : where codes lie in a record
     scale : (rows or 1, groups * planes) float32, the planes of a group one after the other
-    out : (rows, cols) float32, written; or uint16, the bits of bfloat16, where it `finishes`
+    out : (rows, cols) float32, written
     numbers : what codes stand for
     way : "times"; "divides", by the scale; "digits": every code stands for a number of each table, and w is the sum
         of their products; "which": of the tables, the one that `which` says
     planes : codes of a group lie one plane after the other, and w is the sum of their products, planes in order
     which : (rows or 1, groups) uint8, the table of each group
-    through : whether to write past the cache, where it `finishes`
 
     Returns
     -------
@@ -203,50 +166,25 @@ def decode(
     which = np.zeros((1, 1), np.uint8) if which is None else which
     if planes > 1 and np.isnan(scale).any():
         return False
-    codes = np.empty(cols * each, np.uint8)
-    if not finishes(numbers, way, planes, cols, group):
+    codes, once = np.empty(cols * each, np.uint8), _once_a_group(numbers, way, planes, group)
+    if INTERPRETED or numbers.kind == PLAIN or not (once or (way == "times" and (planes == 1 or group % 16 == 0))):
         return bool(_plainly(records, places, codes, numbers.values, which, way, planes, scale, out))
-    narrow, through = out.dtype == np.uint16, through and _fits_through(out)
-    if _straightly(places, numbers, way, planes, group) and not narrow and not through:
-        _affine_straight(records, places, -numbers.values[0, 0], scale, out)
-    elif _once_a_group(numbers, way, planes, group):
+    if once:
         values = np.zeros((len(numbers.values), TABLE), F32)
         values[:, : numbers.values.shape[1]] = numbers.values[:, :TABLE]
-        loop = _looking_up(way, narrow, through, simd.VERSION)
-        loop(records, places, values, which, planes, scale, out, codes)
+        _looking_up(way, VERSION)(records, places, values, which, planes, scale, out, codes)
     else:
         table = np.resize(numbers.values[0], 2 * TABLE) if numbers.kind == LOOKED_UP else numbers.values[0]
         wide = np.empty(cols if group % 16 else 0, F32)
-        loop = _computing(numbers.kind, planes, narrow, through, simd.VERSION)
+        loop = _computing(numbers.kind, planes, VERSION)
         return bool(loop(records, places, numbers._replace(values=table), scale, out, codes, wide))
     return True
-
-
-def finishes(numbers: Numbers, way: str, planes: int, cols: int, group: int) -> bool:
-    """Whether `decode` can write bfloat16, or past the cache. group : columns that share a scale"""
-    if INTERPRETED or numbers.kind == PLAIN:
-        return False
-    return _once_a_group(numbers, way, planes, group) or (way == "times" and (planes == 1 or group % 16 == 0))
-
-
-def _fits_through(out: np.ndarray) -> bool:
-    """Whether whole vectors of all rows can be written past the cache; NumPy's arrays lie so."""
-    return out.ctypes.data % LINE == 0 and out.shape[-1] * out.itemsize % LINE == 0
 
 
 def _once_a_group(numbers: Numbers, way: str, planes: int, group: int) -> bool:
     """Whether all numbers are multiplied once a group, and looked up then."""
     few = numbers.kind == LOOKED_UP and numbers.values.shape[1] <= TABLE
     return few and group % 16 == 0 and (way != "times" or planes == 1)
-
-
-def _straightly(places: Places, numbers: Numbers, way: str, planes: int, group: int) -> bool:
-    """Whether numbers can be written without keeping codes: trits in long runs, and cells within a group."""
-    steps = numbers.values[0]
-    trits = len(steps) <= 4 and numbers.kind == LOOKED_UP and np.array_equal(np.diff(steps), np.ones(len(steps) - 1))
-    plain = not len(places.streams) and (places.runs[:, 5] == 1).all() and not places.runs[:, 6].any()
-    long = places.codes >= LONG and group % places.codes == 0
-    return bool(trits and plain and long and way == "times" and planes == 1)
 
 
 def quads(
@@ -256,7 +194,6 @@ def quads(
     out: np.ndarray,
     values: np.ndarray,
     stride: int,
-    through: bool = False,
 ) -> None:
     """w = values[code][lane] * scale: one float32 product. values (codes, 4) float32, others as in `decode`.
 
@@ -265,20 +202,10 @@ def quads(
     """
     codes = np.empty(out.shape[1] // 4, np.uint8)
     lanes = np.ascontiguousarray(values.T)
-    if finishes_quads(len(values), stride, out.shape[1] // scale.shape[1]):
-        tables = np.zeros((4, 2 * TABLE), F32)
-        tables[:, : len(values)] = lanes
-        loop = _looking_up_quads(stride == 1, out.dtype == np.uint16, through and _fits_through(out), simd.VERSION)
-        loop(records, places, tables, stride, scale, out, codes)
-    elif stride == 1:
+    if stride == 1:
         _quads(records, places, codes, values, scale, out)
     else:
         _strided_quads(records, places, codes, lanes, stride, scale, out)
-
-
-def finishes_quads(count: int, stride: int, group: int) -> bool:
-    """Whether `quads` can write bfloat16, or past the cache. count : of codes; group : columns that share a scale"""
-    return not INTERPRETED and count <= 2 * TABLE and (stride == 1 or stride % 16 == 0) and group % 64 == 0
 
 
 def look_up(stored: np.ndarray, size: int, offset: int, count: int, values: np.ndarray) -> np.ndarray:
@@ -292,30 +219,6 @@ def look_up(stored: np.ndarray, size: int, offset: int, count: int, values: np.n
     out = np.empty((len(stored), stored.shape[1] // size * count), F32)
     _look_up(stored, size, offset, count, values, out)
     return out
-
-
-def convert(source: np.ndarray, target: np.ndarray, through: bool = False) -> None:
-    """Plain numbers to float32, and on to bfloat16, half to even; NaN stays NaN. On one thread.
-
-    source : (n,) float32, float16, or uint16, the bits of bfloat16
-    target : (n,) float32, or uint16, the bits of bfloat16, written
-    through : whether past the cache, without reading there first
-    """
-    end = 0
-    if not INTERPRETED:
-        end = len(source) // 16 * 16
-        narrow, through = target.dtype == np.uint16, through and target.ctypes.data % LINE == 0
-        _converting(source.dtype.str, narrow, through, simd.VERSION)(source[:end].view(np.uint8), target[:end])
-    last = source[end:]
-    wide = (last.astype(np.uint32) << np.uint32(16)).view(F32) if last.dtype == np.uint16 else last.astype(F32)
-    target[end:] = wide if target.dtype == F32 else _rounded(wide)
-
-
-def _rounded(numbers: np.ndarray) -> np.ndarray:
-    """Float32 -> the bits of the nearest bfloat16."""
-    bits = numbers.view(np.uint32)
-    rounded = bits + HALF_BELOW + (bits >> np.uint32(16) & np.uint32(1))
-    return (np.where(bits & MAGNITUDE > INFINITE, bits | QUIET, rounded) >> np.uint32(16)).astype(np.uint16)
 
 
 def take(source: np.ndarray, order: np.ndarray, target: np.ndarray) -> None:
@@ -338,14 +241,13 @@ def doubled(scale: np.ndarray, eights: np.ndarray, fours: np.ndarray) -> np.ndar
     return out
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _half(stored):
-    """float16 -> float32; a NaN keeps its bits, as NumPy has it, where processors make it a quiet one."""
-    code = widen_shorts(stored)
-    magnitude, sign = and_(code, same_int(np.int32(0x7FFF))), and_(code, same_int(np.int32(0x8000)))
-    none = or_(shift_left(magnitude, np.int32(13)), same_int(np.int32(INFINITE)))
-    none = or_(none, shift_left(sign, np.int32(16)))
-    return as_floats(select_less(same_int(np.int32(0x7C00)), magnitude, none, ints_of(half_to_float(stored))))
+@njit(cache=True, nogil=True)
+def _look_up(stored, size, offset, count, values, out):
+    for row in range(stored.shape[0]):
+        found, numbers = stored[row], out[row]
+        for i in range(count):
+            for cell in range(numbers.size // count):
+                numbers[cell * count + i] = values[found[cell * size + offset + i]]
 
 
 @njit(cache=True, nogil=True)
@@ -370,29 +272,7 @@ def _doubled(scale, eights, fours, out):
 
 
 @cache
-def _converting(kind: str, narrow: bool, through: bool, version: str) -> Any:
-    """The loop of `convert`. version : part of the key under which compiled code is kept"""
-    size, half = np.dtype(kind).itemsize, kind == "<f2"
-
-    @njit(cache=True, nogil=True)
-    def _convert(source, target):
-        _ = version
-        for j in range(0, target.size, 16):
-            if size == 4:
-                found = load_floats16(source, 4 * j)
-            elif half:
-                found = _half(load_shorts16(source, 2 * j))
-            else:
-                found = bfloat_to_float(load_shorts16(source, 2 * j))
-            _write(target, j, _to_bfloat(ints_of(found)) if narrow else ints_of(found), through)
-        if through:
-            _wait_for_stores()
-
-    return _convert
-
-
-@cache
-def _looking_up(way: str, narrow: bool, through: bool, version: str) -> Any:
+def _looking_up(way: str, version: str) -> Any:
     """The loop of `decode` for sixteen values. version : part of the key under which compiled code is kept"""
     divides, digits, chosen = way == "divides", way == "digits", way == "which"
 
@@ -412,18 +292,16 @@ def _looking_up(way: str, narrow: bool, through: bool, version: str) -> Any:
                 if digits:
                     for p in range(1, planes):
                         product = addf(product, mulf(load_floats16(values, 64 * p), same_float(factors[g + p])))
-                bits = _to_bfloat(ints_of(product)) if narrow else ints_of(product)
+                bits = ints_of(product)
                 for j in range(first, first + group, 16):
-                    _write(weights, j, look_up_words(bits, bits, widen(load_bytes16(codes, j))), through)
+                    store(weights, 4 * j, look_up_words(bits, bits, widen(load_bytes16(codes, j))))
                 first += group
-        if through:
-            _wait_for_stores()
 
     return _look_up_few
 
 
 @cache
-def _computing(kind: int, planes: int, narrow: bool, through: bool, version: str) -> Any:
+def _computing(kind: int, planes: int, version: str) -> Any:
     """The loop of `decode` for other values. version : part of the key under which compiled code is kept"""
 
     @njit(cache=True, nogil=True)
@@ -447,8 +325,7 @@ def _computing(kind: int, planes: int, narrow: bool, through: bool, version: str
             elif wide.size:
                 _spread_factors(factors, group, wide)
                 for j in range(0, whole, 16):
-                    product = ints_of(mulf(_number(kind, numbers, codes, j), load_floats16(wide, 4 * j)))
-                    _write(weights, j, _to_bfloat(product) if narrow else product, through)
+                    store(weights, 4 * j, mulf(_number(kind, numbers, codes, j), load_floats16(wide, 4 * j)))
             else:
                 first, code = 0, 0
                 for g in range(0, factors.size, planes):
@@ -457,15 +334,11 @@ def _computing(kind: int, planes: int, narrow: bool, through: bool, version: str
                         for p in range(1, planes):
                             number = _number(kind, numbers, codes, code + p * group + j)
                             total = addf(total, mulf(number, same_float(factors[g + p])))
-                        bits = _to_bfloat(ints_of(total)) if narrow else ints_of(total)
-                        _write(weights, first + j, bits, through)
+                        store(weights, 4 * (first + j), total)
                     first += group
                     code += planes * group
             for j in range(rest, cols):
-                weight = F32(values[codes[j]] * factors[j // group])
-                weights[j] = _bfloat(weight) if narrow else weight
-        if through:
-            _wait_for_stores()
+                weights[j] = values[codes[j]] * factors[j // group]
         return good
 
     return _compute
@@ -504,102 +377,6 @@ def _spread_factors(factors, group, wide):
     else:
         for g in range(factors.size):
             wide[g * group : (g + 1) * group] = factors[g]
-
-
-@cache
-def _looking_up_quads(side_by_side: bool, narrow: bool, through: bool, version: str) -> Any:
-    """The loop of `quads` for 32 codes. version : part of the key under which compiled code is kept"""
-
-    @njit(cache=True, nogil=True)
-    def _look_up_quads(records, places, tables, stride, scale, out, codes):
-        """Sixteen quads at a time. tables : (4 lanes, 32 codes); a group's are multiplied once."""
-        quads_of_group, _ = out.shape[1] // scale.shape[1] // 4, version
-        for row in range(records.shape[0]):
-            _read(records[row], places, codes)
-            factors, weights, first = scale[row % scale.shape[0]], out[row], 0
-            for g in range(factors.size):
-                factor = same_float(factors[g])
-                a, b = _times_table(tables, 0, factor, narrow), _times_table(tables, 128, factor, narrow)
-                c, d = _times_table(tables, 256, factor, narrow), _times_table(tables, 384, factor, narrow)
-                for quad in range(first, first + quads_of_group, 16):
-                    code = widen(load_bytes16(codes, quad))
-                    w, x = look_up_words(a[0], a[1], code), look_up_words(b[0], b[1], code)
-                    y, z = look_up_words(c[0], c[1], code), look_up_words(d[0], d[1], code)
-                    if side_by_side:
-                        _write_side_by_side(weights, 4 * quad, w, x, y, z, through)
-                    else:
-                        at = 4 * quad - 3 * (quad % stride)
-                        _write(weights, at, w, through)
-                        _write(weights, at + stride, x, through)
-                        _write(weights, at + 2 * stride, y, through)
-                        _write(weights, at + 3 * stride, z, through)
-                first += quads_of_group
-        if through:
-            _wait_for_stores()
-
-    return _look_up_quads
-
-
-@njit(cache=True, nogil=True)
-def _times_table(tables, at, factor, narrow):
-    """The bits of 32 numbers times a factor, from byte `at` on."""
-    low = ints_of(mulf(load_floats16(tables, at), factor))
-    high = ints_of(mulf(load_floats16(tables, at + 64), factor))
-    return (_to_bfloat(low), _to_bfloat(high)) if narrow else (low, high)
-
-
-def _store(context: Any, builder: Any, out: Any, array: Any, at: Any, found: Any, through: Any) -> None:
-    """Numbers by their bits to the items of an array from `at` on; of uint16 the lower halves.
-
-    through : whether past the cache, where the place is a multiple of LINE: that does not read what it overwrites
-    """
-    bits, lanes = out.dtype.bitwidth, found.type.count
-    few = found if found.type.element.width == bits else builder.trunc(found, ir.VectorType(ir.IntType(bits), lanes))
-    v = _Vectors(lanes, context, builder)
-    place = builder.bitcast(v.place(out, array, at, bits), few.type.as_pointer())
-    with builder.if_else(through) as (past, plain):
-        with past:
-            done = builder.store(few, place)
-            done.align = LINE
-            done.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
-        with plain:
-            builder.store(few, place).align = bits // 8
-
-
-@intrinsic
-def _write(typing, out, at, found, through):
-    """Sixteen numbers, by `_store`."""
-
-    def code(context, builder, signature, args):
-        _store(context, builder, out, *args)
-        return context.get_dummy_value()
-
-    return types.void(out, types.int64, found, types.boolean), code
-
-
-@intrinsic
-def _write_side_by_side(typing, out, at, a, b, c, d, through):
-    """Lanes 0 of four vectors, lanes 1 ..., by `_store`."""
-
-    def code(context, builder, signature, args):
-        halves = [builder.shuffle_vector(x, y, simd_code.order(range(32))) for x, y in (args[2:4], args[4:6])]
-        if out.dtype.bitwidth == 16:
-            halves = [builder.trunc(half, ir.VectorType(ir.IntType(16), 32)) for half in halves]
-        order = simd_code.order([lane + 16 * which for lane in range(16) for which in range(4)])
-        _store(context, builder, out, *args[:2], builder.shuffle_vector(*halves, order), args[6])
-        return context.get_dummy_value()
-
-    return types.void(out, types.int64, a, b, c, d, types.boolean), code
-
-
-@njit(cache=True, nogil=True)
-def _to_bfloat(bits):
-    """The bits of sixteen float32 -> of the nearest bfloat16, as `_rounded` has them, in the lower half."""
-    magnitude, quiet = same_int(np.int32(MAGNITUDE)), same_int(np.int32(QUIET))
-    odd = and_(shift_right(bits, np.int32(16)), same_int(np.int32(1)))
-    rounded = add(add(bits, same_int(np.int32(HALF_BELOW))), odd)
-    is_none = select_less(same_int(np.int32(INFINITE)), and_(bits, magnitude), or_(bits, quiet), rounded)
-    return shift_right(is_none, np.int32(16))
 
 
 @njit(cache=True, nogil=True)
@@ -714,67 +491,6 @@ def _read_stream(record, byte, count, bits, codes, at, low):
             both |= np.uint16(record[first + 1]) << np.uint16(8)
         field = np.uint8((both >> np.uint16(shift) & mask) << np.uint16(low))
         codes[at + i] = field if low == 0 else codes[at + i] | field
-
-
-@njit(cache=True, nogil=True)
-def _look_up(stored, size, offset, count, values, out):
-    for row in range(stored.shape[0]):
-        found, numbers = stored[row], out[row]
-        for i in range(count):
-            for cell in range(numbers.size // count):
-                numbers[cell * count + i] = values[found[cell * size + offset + i]]
-
-
-@intrinsic
-def _bits(typing, number):
-    """A float32 as uint32."""
-
-    def code(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), code
-
-
-@njit(cache=True, nogil=True)
-def _bfloat(number):
-    """`_rounded` for one number."""
-    bits = _bits(number)
-    if bits & MAGNITUDE > INFINITE:
-        return np.uint16((bits | QUIET) >> np.uint32(16))
-    return np.uint16((bits + HALF_BELOW + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
-
-
-@njit(cache=True, nogil=True)
-def _affine_straight(records, places, zero, scale, out):
-    """(code - zero) * scale where `_straightly`: runs in vectors of sixteen, then of four, then one by one."""
-    runs, digits = places.runs, places.digits
-    group = out.shape[1] // scale.shape[1]
-    for row in range(records.shape[0]):
-        record, weights = records[row], out[row]
-        for cell in range(record.size // places.size):
-            start, first = cell * places.size, cell * places.codes
-            factor = scale[row % scale.shape[0], first // group]
-            for r in range(runs.shape[0]):
-                byte, count, at = start + runs[r, 0], runs[r, 1], first + runs[r, 4]
-                shift, mask = np.uint16(runs[r, 2]), np.uint16(runs[r, 3])
-                wide = count // 16 * 16
-                for m in range(0, wide, 16):
-                    _sixteen_fields(weights, at + m, record, byte + m, shift, mask, zero, factor)
-                for m in range(wide, count):
-                    weights[at + m] = (F32(np.uint16(record[byte + m]) >> shift & mask) - zero) * factor
-            for d in range(digits.shape[0]):
-                byte, count, at = start + digits[d, 0], digits[d, 1], first + digits[d, 3]
-                wide, four = count // 16 * 16, count // 4 * 4
-                for i in range(digits[d, 2]):
-                    power = places.powers[i]
-                    for m in range(0, wide, 16):
-                        _sixteen_digits(weights, at + m, record, byte + m, power, zero, factor)
-                    for m in range(wide, four, 4):
-                        _four_digits(weights, at + m, record, byte + m, power, zero, factor)
-                    for m in range(four, count):
-                        rest = np.uint8(record[byte + m] * power)
-                        weights[at + m] = (F32(np.uint16(rest) * np.uint16(3) >> np.uint16(8)) - zero) * factor
-                    at += count
 
 
 def _plainly(records, places, codes, values, which, way, planes, scale, out):

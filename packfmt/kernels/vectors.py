@@ -43,26 +43,6 @@ class Arithmetic(NamedTuple):
     top: np.uint8
 
 
-def _fields_plainly(lanes: int) -> Callable[..., None]:
-    """out[at + i] = ((record[byte + i] >> shift & mask) - zero) * factor, for so many i."""
-
-    def write(out, at, record, byte, shift, mask, zero, factor):
-        codes = record[byte : byte + lanes] >> shift & mask
-        out[at : at + lanes] = (codes.astype(F32) - zero) * factor
-
-    return write
-
-
-def _digits_plainly(lanes: int) -> Callable[..., None]:
-    """out[at + i] = ((record[byte + i] * power % 256 * 3 >> 8) - zero) * factor, for so many i."""
-
-    def write(out, at, record, byte, power, zero, factor):
-        rest = (record[byte : byte + lanes] * power).astype(np.uint16)
-        out[at : at + lanes] = ((rest * np.uint16(3) >> np.uint16(8)).astype(F32) - zero) * factor
-
-    return write
-
-
 class _Vectors(NamedTuple):
     """Vectors of so many lanes in the code of one compiled function."""
 
@@ -93,44 +73,6 @@ class _Vectors(NamedTuple):
         found = self.builder.load(self.place(kind, record, byte, 8))
         found.align = 1
         return self.builder.zext(found, self.of(16))
-
-    def store(self, kind: types.Array, out: Any, at: Any, codes: Any, zero: Any, factor: Any) -> Any:
-        """(codes - zero) * factor, in float32."""
-        steps = self.builder.fsub(self.builder.uitofp(codes, self.of(32)), self.all(zero))
-        self.builder.store(self.builder.fmul(steps, self.all(factor)), self.place(kind, out, at, 32)).align = 4
-        return self.context.get_dummy_value()
-
-
-def _fields(lanes: int) -> Callable[..., None]:
-    """`_fields_plainly`, compiled."""
-
-    def write(typing, out, at, record, byte, shift, mask, zero, factor):
-        def code(context, builder, signature, args):
-            v = _Vectors(lanes, context, builder)
-            x = builder.lshr(v.load(signature.args[2], *args[2:4]), v.all(args[4]))
-            return v.store(signature.args[0], *args[:2], builder.and_(x, v.all(args[5])), *args[6:])
-
-        u2, f4 = types.uint16, types.float32
-        return types.void(out, types.int64, record, types.int64, u2, u2, f4, f4), code
-
-    return intrinsic(write)
-
-
-def _digits(lanes: int) -> Callable[..., None]:
-    """`_digits_plainly`, compiled."""
-
-    def write(typing, out, at, record, byte, power, zero, factor):
-        def code(context, builder, signature, args):
-            v = _Vectors(lanes, context, builder)
-            power = v.all(builder.zext(args[4], ir.IntType(16)))
-            rest = builder.and_(builder.mul(v.load(signature.args[2], *args[2:4]), power), v.constant(255))
-            x = builder.lshr(builder.mul(rest, v.constant(3)), v.constant(8))
-            return v.store(signature.args[0], *args[:2], x, *args[5:])
-
-        f4 = types.float32
-        return types.void(out, types.int64, record, types.int64, types.uint8, f4, f4), code
-
-    return intrinsic(write)
 
 
 def _bytes_plainly(lanes: int) -> Callable[..., None]:
@@ -250,15 +192,6 @@ def _fence(typing):
 
 
 INTERPRETED = bool(config.DISABLE_JIT)  # type: ignore[attr-defined]
-
-
-_sixteen_fields = _fields_plainly(16) if INTERPRETED else _fields(16)
-
-
-_sixteen_digits = _digits_plainly(16) if INTERPRETED else _digits(16)
-
-
-_four_digits = _digits_plainly(4) if INTERPRETED else _digits(4)
 
 
 _sixteen_bytes = _bytes_plainly(16) if INTERPRETED else _bytes(16)
