@@ -113,9 +113,9 @@ def affine_zero(parts: Arrays) -> Floats:
 def augmented(parts: Arrays, *, residual: int, group: int, **params: str) -> Floats:
     """`scaled`, less the `residual` columns that are stored twice: of the last, every group is followed by its copy.
 
-    `codes` (rows, cols + residual, 1).
+    `codes` (rows, cols + residual), perhaps with a third axis of one.
     """
-    flat = {name: parts[name][..., 0] for name in ("codes", "scale")}
+    flat = {name: parts[name].reshape(parts[name].shape[:2]) for name in ("codes", "scale")}
     weights = scaled({**parts, **flat}, **params)
     return np.ascontiguousarray(weights[:, first_copies(weights.shape[1], residual, group)])
 
@@ -207,12 +207,16 @@ def ptq161(parts: Arrays) -> Floats:
     codes, signs = (parts[name].reshape(row["scale"].size, -1) for name in ("codes", "signs"))
     if codes.shape[1] != (count := int(few.sum())):
         raise LayoutError(f"mask names {count} of {few.size} columns, needs {codes.shape[1]}")
-    out = np.empty((len(codes), few.size), F32)
+    stored = np.empty((len(codes), few.size), F32)
+    salient, others = stored[:, :count], stored[:, count:]
     with np.errstate(all="ignore"):
-        out[:, few] = (codes.astype(F32) - row["salient_zero"]) * row["salient_scale"]
-        two = np.where(signs == 1, row["mean"] + row["scale"], row["mean"] - row["scale"])
-        out[:, ~few] = two * _float32(parts["factor"]).reshape(1, -1)
-    return out
+        np.subtract(codes.astype(F32), row["salient_zero"], out=salient)
+        salient *= row["salient_scale"]
+        np.subtract((signs == 1) * F32(2), F32(1), out=others)  # without a branch that nobody can foresee
+        others *= row["scale"]
+        others += row["mean"]
+        others *= _float32(parts["factor"]).reshape(1, -1)
+    return stored.take(np.where(few, np.cumsum(few), count + np.cumsum(~few)) - 1, 1)
 
 
 GRIDS: dict[str, Callable[..., Floats]] = {

@@ -17,14 +17,13 @@ from packfmt.errors import LayoutError
 from packfmt.grids import first_copies, places, scale_numbers
 from packfmt.layout import Layout, Part
 from packfmt.placement import Array, Arrays
-from packfmt.respelling import WRONG
-from packfmt.spellings import F32, SPELLINGS, number_steps, scales, unit
+from packfmt.respelling import MOST_BITS, WRONG
+from packfmt.spellings import F32, SPELLINGS, _runs_table, number_steps, scales, unit
 
 Shape = tuple[int, int]
 Floats = npt.NDArray[np.float32]
 
 MOST_STEP: Final = 1024  # of which 256 products with int8 fit int32 by far
-MOST_BITS: Final = 16  # of codes
 LEAST_GROUP: Final = 4  # columns that share a scale
 BLOCK: Final = 256  # columns of a dot at most
 BESIDE: Final = frozenset({"perm", "columns", "column_values"})  # parts that change which activations a code meets
@@ -93,6 +92,10 @@ def _meaning(layout: Layout, shape: Shape) -> Meaning | None:
         if spelling is None:
             return None
         ratio = params.pop("ratio", 0)
+        if "runs" in params:
+            _runs_table(**params, nbytes=codes.shape[-1])  # which refuses what reading would
+            if codes.share[across] != params["block"]:
+                return None
         known = spelling.steps(low, high - low + 1, **params)
         if grid.name in ("levels", "table"):
             numbers = np.array(known, F32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
+from math import lcm, prod
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -236,7 +236,7 @@ def _decoded_in_lanes(tile: Tile, shape: Shape, order: Order, flat: Arrays, besi
         how, codes, high, scale, zero, whole,
         tile.table, tile.bias, tile.exponent, tile.nan, tile.unit, groups, len(tile.order),
     )  # fmt: skip
-    in_vectors = tile_products.Product(tiles, order, tile.unit)
+    in_vectors = tile_products.Product(tiles, order)
     if not amx_products.fits(how):
         return in_vectors
 
@@ -312,15 +312,14 @@ def _inside(m: Codes | Values) -> tuple[Digit, ...]:
 def _as_they_are(layout: Layout, shape: Shape, components: Arrays) -> Multiply | None:
     """Numbers that a kernel reads where they lie: floats in row-major order, perhaps with scales."""
     from packfmt.kernels import number_products
+    from packfmt.kernels.number_code import BYTES
 
     if layout.axes[0].of != "rows":  # which decoding refuses
         return None
     fitted, rows_cols = layout.fit(*shape), ("rows", "cols")
     name = "values" if layout.grid.name == "plain" else "codes"
     for c in fitted.components:
-        lone = (
-            len(c.members) == 1 and c.members[0].part == name and components[c.name].dtype.name in number_products.BYTES
-        )
+        lone = len(c.members) == 1 and c.members[0].part == name and components[c.name].dtype.name in BYTES
         in_order = (
             lone and tuple(d.axis for d in c.over) == rows_cols and all(d.stride == 1 and not d.reverse for d in c.over)
         )
@@ -345,16 +344,59 @@ def _as_they_are(layout: Layout, shape: Shape, components: Arrays) -> Multiply |
 
 
 def _decoded(layout: Layout, shape: Shape, components: Arrays, source: npt.NDArray[np.int64] | None) -> Multiply:
+    """A strip of rows is decoded when its turn comes; all at once where they cannot be told apart."""
     from packfmt.kernels import number_products
 
-    permuted = "perm" in layout.fit(*shape).parts  # as it is where it lies in a component with others
+    rows, cols = shape
+    fitted = layout.fit(rows, cols)
+    permuted = "perm" in fitted.parts  # as it is where it lies in a component with others
+    others = source if source is not None and (permuted or len(source) > cols) else None  # copies are left out
+    steps = _steps_of_rows(layout, shape)
+    if not steps or any(components[c.name].shape != c.shape for c in fitted.components):  # decoding says what is wrong
+        steps = dict.fromkeys(components, 0)
 
-    def multiply(x: Floats, out: Floats) -> None:
-        weights = fused.decode(layout, shape, components)
-        if source is not None and (permuted or len(source) > shape[1]):  # decoding leaves copies out
-            every = np.zeros((shape[0], len(source)), F32)
-            every[:, source >= 0] = weights[:, source[source >= 0]] if permuted else weights
-            weights = every
-        number_products.multiply(weights, x, out)
+    def read(start: int, stop: int, out: Floats) -> None:
+        mine = {name: components[name] for name in steps}
+        for name in filter(steps.get, steps):
+            end = stop // steps[name] if stop < rows else None  # then with the padding
+            mine[name] = mine[name][start // steps[name] : end]
+        if others is None:
+            fused.decode(layout, (stop - start, cols), mine, out)
+            return
+        weights, there = fused.decode(layout, (stop - start, cols), mine), others >= 0
+        out[:, ~there] = 0
+        out[:, there] = weights[:, others[there]] if permuted else weights
 
-    return multiply
+    least = _least_rows(layout, steps) if any(steps.values()) else rows
+    return lambda x, out: number_products.multiply_strips(read, x, out, least)
+
+
+def _steps_of_rows(layout: Layout, shape: Shape) -> dict[str, int] | None:
+    """How many rows each step along a component's first axis holds, 0 where the component is all rows'.
+
+    None if a run of rows is not a tensor of fewer rows, whose components are runs of these.
+    """
+    first, *more = layout.axes
+    if layout.streams or first.of != "rows" or first.per != 1 or first.plus or any(a.of == "rows" for a in more):
+        return None
+    whole = layout.fit(*shape).components
+    out = {c.name: c.over[0].stride if c.over and c.over[0].axis == first.name else 0 for c in whole}
+    try:
+        few = layout.fit(_least_rows(layout, out), shape[1]).components
+    except LayoutError:
+        return None
+    for c, d in zip(whole, few, strict=True):
+        if not out[c.name]:
+            alike = c == d
+        else:
+            (top, *c_over), (low, *d_over) = c.over, d.over
+            alike = replace(top, size=0) == replace(low, size=0) and not top.reverse and c.shape[0] == top.size
+            alike = alike and (c_over, c.shape[1:], c.members) == (d_over, d.shape[1:], d.members)
+        if not alike:
+            return None
+    return out
+
+
+def _least_rows(layout: Layout, steps: dict[str, int]) -> int:
+    """Of which all strips hold a multiple, but for the last."""
+    return lcm(layout.block["rows"], layout.axes[0].pad, *filter(None, steps.values()))

@@ -163,7 +163,43 @@ def _some(array, count, floats, few, many, zeros):
     simd.clear(zeros, 1, count)
 
 
-KERNELS = (_dots, _look_ups, _halves, _bytes, _floats, _ints, _shifts, _memory)  # of which the code is looked at
+@njit
+def _orders(a, b, out, numbers, shorts, low, floats):
+    """The larger and the smaller, comparisons, and what is left of numbers that become narrower."""
+    for i in range(a.size // 16):
+        x, y = simd.load_ints16(a, 64 * i), simd.load_ints16(b, 64 * i)
+        simd.store(out[0], 64 * i, simd.larger(x, y))
+        simd.store(out[1], 64 * i, simd.smaller(x, y))
+        simd.store(out[2], 64 * i, simd.select_below(simd.as_floats(x), simd.as_floats(y), x, y))
+        simd.store(out[3], 64 * i, simd.to_int(simd.to_float(simd.shift_right_signed(x, 8))))
+        numbers[0, i] = simd.largest_lane(x)
+        numbers[1, i] = simd.sum_of_lanes(x)
+        numbers[2, i] = simd.equal_lanes(simd.and_(x, simd.same_int(1)), simd.and_(y, simd.same_int(1)))
+        simd.store(shorts, 32 * i, simd.low_shorts(x))
+        simd.store(low, 16 * i, simd.low_bytes(x))
+        floats[i] = simd.float_of(a[16 * i])
+
+
+@njit
+def _places(array, out, four):
+    """Sixteen rows of dwords become columns; four bytes at odd places."""
+    simd.turn(array, 3, 100, out, 1)
+    for i in range(16):
+        simd.copy4(four, 1 + 4 * i, array, 3 + 100 * i)
+
+
+KERNELS = (
+    _dots,
+    _look_ups,
+    _halves,
+    _bytes,
+    _floats,
+    _ints,
+    _shifts,
+    _memory,
+    _orders,
+    _places,
+)  # of which the code is looked at
 
 # ---- the checks: each yields what was found and what is right
 
@@ -313,6 +349,33 @@ def some() -> Pairs:
         yield zeros, np.where((np.arange(99) >= 1) & (np.arange(99) <= count), 0, 99).astype(np.uint8)
 
 
+def orders() -> Pairs:
+    a, b = random(16, 4096, np.int32), random(17, 4096, np.int32)
+    a[:64:3] = b[:64:3]  # and some that are the same
+    out, numbers = np.empty((4, 4096), np.int32), np.empty((3, 256), np.int64)
+    shorts, low, floats = np.empty(4096, np.uint16), np.empty(4096, np.uint8), np.empty(256, F32)
+    _orders(a, b, out, numbers, shorts, low, floats)
+    with np.errstate(invalid="ignore"):
+        below = a.view(F32) < b.view(F32)
+    yield from zip(out, (np.maximum(a, b), np.minimum(a, b), np.where(below, a, b), a >> 8), strict=True)
+    lanes = a.reshape(-1, 16)
+    yield numbers[0], lanes.max(1).astype(np.int64)
+    yield numbers[1], lanes.sum(1, dtype=np.int32).astype(np.int64)
+    yield numbers[2], ((a & 1) == (b & 1)).reshape(-1, 16) @ (1 << np.arange(16))
+    yield shorts, a.view(np.uint16)[::2]
+    yield low, a.view(np.uint8)[::4]
+    yield floats, a[::16].view(F32)
+
+
+def places() -> Pairs:
+    array, out, four = random(18, 1700, np.uint8), np.full(1026, 99, np.uint8), np.full(66, 99, np.uint8)
+    _places(array, out, four)
+    rows = np.stack([array[3 + 100 * i :][:64] for i in range(16)])
+    yield out[1:-1], rows.reshape(16, 16, 4).swapaxes(0, 1).reshape(-1)
+    yield four[1:-1], rows[:, :4].reshape(-1)
+    yield np.concatenate([out[[0, -1]], four[[0, -1]]]), np.full(4, 99, np.uint8)
+
+
 # ---- where another library has told the processor to take subnormal float32 for 0
 
 EXACT, FLUSHING = np.uint32(0x1F80), np.uint32(0x9FC0)  # MXCSR, as a process begins, and with bits 15 and 6
@@ -352,7 +415,8 @@ def flushing(kernel: Callable[..., None], *args: Array) -> None:
 
 
 CHECKS: dict[str, Callable[[], Pairs]] = {
-    f.__name__.strip("_"): f for f in (dots, look_ups, halves, bytes_, floats, ints, shifts, memory, some)
+    f.__name__.strip("_"): f
+    for f in (dots, look_ups, halves, bytes_, floats, ints, shifts, memory, some, orders, places)
 }
 if platform.machine().lower() in ("x86_64", "amd64"):
     CHECKS |= {"halves_flushing": partial(halves, flushing), "bytes_flushing": partial(bytes_, flushing)}

@@ -13,10 +13,10 @@ import slow_products as slow
 from test_products import activations, assert_same, random_components
 
 import packfmt
-from packfmt import codecs, minifloat, placement, products, retiling, tilings
+from packfmt import codecs, fused, minifloat, placement, products, retiling, tilings
 from packfmt.codec import PackedTensor
 from packfmt.errors import LayoutError
-from packfmt.kernels import simd
+from packfmt.kernels import number_products, simd
 from packfmt.layout import COLS, ROWS, Axis, Codes, Component, Digit, Layout, Values, cols, grid, rows
 
 pytestmark = pytest.mark.kernels
@@ -58,6 +58,21 @@ def hif4(element: str = "sm4_f2", eights: tuple[int, int] = (8, 1), fours: tuple
 
 def scaled(*components: Component, element: str = "float4_e2m1fn", named: str = "", whole: str = "") -> Layout:
     return strange(*components, numbers=grid("scaled", element=element, scale=named, global_scale=whole))
+
+
+def numbers_each() -> Layout:
+    """arcquant_128 with a scale for every column instead of 16."""
+    layout = codecs.get("arcquant_128").layout
+    weight, scales, *more = layout.components
+    assert isinstance(scales, Component)
+    over = (scales.over[0], replace(scales.over[1], stride=1))
+    return replace(layout, name="strange", components=(weight, replace(scales, over=over), *more))
+
+
+def in_blocks_of(block: int) -> Layout:
+    """ptqtp2_b3, whose blocks have 128 columns, said to have others."""
+    layout = codecs.get("ptqtp2_b3").layout
+    return replace(layout, name="strange", grid=grid("plane_base3", **{**dict(layout.grid.params), "block": block}))
 
 
 AFFINE, AFFINE_ZERO = grid("affine", zero=8), grid("affine_zero")
@@ -213,6 +228,7 @@ STRANGE: dict[str, tuple[Layout, tuple[int, int], Callable[[Parts], None] | None
             values("scale", "<f4", rows()), numbers=AFFINE,
         ), (5, 64), beside,
     ),
+    "columns stored twice, each with a scale of its own": (numbers_each(), (6, 512), None),
     "no rows, and columns kept apart": (
         strange(codes(4), scale(), *APART, numbers=AFFINE, axes=AXES), (0, 64), beside
     ),
@@ -249,6 +265,34 @@ def test_what_a_description_says_is_what_is_multiplied(name: str) -> None:
         assert {n: a.tobytes() for n, a in again.items()} == {n: a.tobytes() for n, a in tiled.items()}
 
 
+@pytest.mark.parametrize(
+    "name", [n for n, (layout, shape, _) in STRANGE.items() if slow.way(layout, shape) == slow.NUMBERS]
+)
+def test_rows_are_decoded_a_strip_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, shape, change = STRANGE[name]
+    packed, x = packed_of(layout, shape, change), activations(3, shape[1], 0, "normal")
+    wanted = packed.matmul(x)
+    monkeypatch.setattr(number_products, "STRIP", 1)
+    assert_same(packed.matmul(x), wanted)
+
+
+@pytest.mark.parametrize("name, rows", [("if4", 5), ("if4_h16", 5), ("nvfp4_rows", 48), ("ptq161", 43), ("e5m0_g8", 5)])
+def test_what_no_kernel_reads_is_never_whole_in_memory(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = packfmt.pack(np.random.default_rng(0).normal(size=(rows, 256)).astype(F32), name)
+    x = activations(3, 256, 0, "normal")
+    wanted = packed.matmul(x)
+    decode, asked = fused.decode, []
+
+    def some(layout: Layout, shape: tuple[int, int], *rest: Any) -> Any:
+        asked.append(shape[0])
+        return decode(layout, shape, *rest)
+
+    monkeypatch.setattr(number_products, "STRIP", 1)
+    monkeypatch.setattr(fused, "decode", some)
+    assert packed.matmul(x).tobytes() == wanted.tobytes()
+    assert sum(asked) == rows and max(asked) <= 16
+
+
 @pytest.mark.parametrize("name", [name for name in STRANGE if "kept apart" in name or "permutation" in name])
 def test_decoding_and_products_agree_on_where_columns_are(name: str) -> None:
     """Of decoding, which the twin relies on."""
@@ -274,6 +318,7 @@ def of_quads(stride: Any, patterns: Any = QUADS) -> Layout:
     )
 
 
+TWO_BYTES = Component("codes", (rows(), cols(8)), (Values("codes", "u1", (Digit("byte", size=2),)),))
 SIX_BITS = Component("codes", (rows(), Digit("quads", 8)), (Codes("codes", 6, (), (Digit("quads", 1, 8),)),))
 
 REFUSED: dict[str, tuple[Layout, tuple[int, int], Callable[[Parts], None] | None, str]] = {
@@ -284,6 +329,15 @@ REFUSED: dict[str, tuple[Layout, tuple[int, int], Callable[[Parts], None] | None
     "quads -1 columns apart": (of_quads(-1), (5, 256), None, "stride -1, needs to divide 64 quads"),
     "quads half a column apart": (of_quads(0.5), (5, 256), None, "stride 0.5, needs to divide 64 quads"),
     "quads of large steps": (of_quads(1, [(2, -3, 1, 0)] * 32), (5, 256), None, "needs up to 81 quads of -1, 0 and 1"),
+    "blocks of other columns than their bytes have digits": (
+        in_blocks_of(256), (32, 256), None, "runs of 128 digits in 26 bytes, needs 256 in 26"
+    ),
+    "blocks of other columns than lie in a cell": (
+        strange(
+            TWO_BYTES, values("scale", "<f2", rows()), axes=(ROWS, COLS, Axis("byte", size=2)),
+            numbers=grid("base3", block=10, runs=((2, 5),), first="high"),
+        ), (5, 64), None, "its grid gives|cannot take",
+    ),
     "an exponent that is no whole number": (
         strange(codes(4), scale("u1"), numbers=grid("table", values=tuple(range(16)), exponent=127.0)),
         (5, 64), None, "grid 'table' cannot take these",

@@ -13,11 +13,8 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import simd, threads
@@ -27,15 +24,22 @@ from packfmt.kernels.simd import (
     addf,
     and_,
     clear,
+    copy4,
     divf,
+    float_of,
     ints_of,
+    larger,
+    largest_lane,
     load_bytes64,
     load_some_floats16,
     look_up_64,
+    low_bytes,
     same_float,
     same_int,
+    smaller,
     store_some,
     sub,
+    sum_of_lanes,
     zero_ints,
 )
 from packfmt.kernels.tile_code import VERSION, Table, address_of, array_at, call_at, entry, number_at
@@ -58,7 +62,6 @@ ROUNDER = F32(3 << 22)
 ROUNDER_BITS = np.int32(ROUNDER.view(np.int32))
 LEAST_NUMBERS = 1 << 16  # worth a thread
 ROOM = 64  # zeros after a row, for vectors that reach over its end
-KEPT = 32  # rows of activations; room for more is not kept for another product
 
 SAME, QUADS, WINDOWS, ANY = range(4)
 # places in the tables of an order, of a room, of what one thread works in, and of a source
@@ -252,46 +255,14 @@ class Room:
     """Where so many rows of activations stand as int8 while they are multiplied.
 
     table : as `fill` writes it, and what one thread needs to do so
-    counter : (1,) int64, for threads that share a product; `count` is its address
     """
 
-    __slots__ = ("count", "counter", "rows", "table")
+    __slots__ = ("table",)
 
     def __init__(self, order: Order, rows: int) -> None:
         numbers, scratch = rows * len(order.ends), _scratch(order)
         steps, sums, scale = np.zeros(rows * order.stored, np.int8), np.zeros(numbers, I32), np.zeros(numbers, F32)
-        self.rows, self.table = rows, Table(steps, sums, scale, scratch)
-        self.counter = np.zeros(1, np.int64)
-        self.count: int = self.counter.ctypes.data
-
-
-class Rooms:
-    """Rooms that no product is in: what is made anew is not in the cache."""
-
-    def __init__(self, order: Order) -> None:
-        self._order = order
-        self._free: dict[int, list[Room]] = {rows: [] for rows in range(1, KEPT + 1)}
-
-    def take(self, rows: int) -> Room:
-        """A room for so many rows, which nobody else is in until it is given back."""
-        try:
-            return self._free[rows].pop()
-        except LookupError:
-            return Room(self._order, rows)
-
-    def give(self, room: Room) -> None:
-        """It may be taken by another product."""
-        if room.rows <= KEPT:
-            self._free[room.rows].append(room)
-
-
-_rooms: dict[tuple[int, ...], Rooms] = {}
-
-
-def rooms(order: Order) -> Rooms:
-    """The same for all orders of one size, for the layers of a model are multiplied one after the other."""
-    key = order.stored, order.cols, len(order.ends), order.way
-    return _rooms.setdefault(key, Rooms(order))
+        self.table = Table(steps, sums, scale, scratch)
 
 
 def _some_plainly(
@@ -319,88 +290,20 @@ def _some_plainly(
         first = end
 
 
-def _of_lanes(name: str) -> Callable[..., np.int32]:
-    """One number of all lanes of an Ints16, by an operation that has no order: the largest, the sum."""
-
-    def reduce(typing, v):
-        def code(context, builder, signature, args):
-            lanes = ir.VectorType(ir.IntType(32), 16)
-            kind = ir.FunctionType(ir.IntType(32), [lanes])
-            return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
-
-        return types.int32(simd.Ints16), code
-
-    return intrinsic(reduce)
-
-
-def _of_two(name: str) -> Callable[..., object]:
-    """Lane by lane of two Ints16."""
-
-    def choose(typing, v, w):
-        def code(context, builder, signature, args):
-            lanes = ir.VectorType(ir.IntType(32), 16)
-            kind = ir.FunctionType(lanes, [lanes, lanes])
-            return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
-
-        return simd.Ints16(simd.Ints16, simd.Ints16), code
-
-    return intrinsic(choose)
-
-
-_largest_lane = _of_lanes("llvm.vector.reduce.smax.v16i32")
-_sum_of_lanes = _of_lanes("llvm.vector.reduce.add.v16i32")
-_larger = _of_two("llvm.smax.v16i32")
-_smaller = _of_two("llvm.smin.v16i32")
-
-
-@intrinsic
-def _low_bytes(typing, v):
-    """The lowest byte of each lane: Ints16 -> Bytes16."""
-
-    def code(context, builder, signature, args):
-        return builder.trunc(args[0], ir.VectorType(ir.IntType(8), 16))
-
-    return simd.Bytes16(simd.Ints16), code
-
-
-@intrinsic
-def _number(typing, bits):
-    """An int32 as float32."""
-
-    def code(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), code
-
-
 @intrinsic
 def _flat(typing, array):
     """A C-contiguous array's numbers, in one row."""
     gives = types.Array(array.dtype, 1, "C")
 
     def code(context, builder, signature, args):
+        from numba.np.arrayobj import populate_array  # takes 15 ms, and only to compile
+
         data = context.make_array(array)(context, builder, args[0])
         row = context.make_array(gives)(context, builder)
         populate_array(row, data.data, [data.nitems], [data.itemsize], data.itemsize, None)
         return row._getvalue()
 
     return gives(array), code
-
-
-@intrinsic
-def _copy4(typing, target, at, source, place):
-    """Four bytes from byte `place` of an array to byte `at` of another."""
-
-    def code(context, builder, signature, args):
-        four = ir.IntType(32).as_pointer()
-        to, of = (
-            builder.bitcast(builder.gep(context.make_array(kind)(context, builder, array).data, [index]), four)
-            for kind, array, index in ((signature.args[i], args[i], args[i + 1]) for i in (0, 2))
-        )
-        builder.store(builder.load(of, align=1), to, align=1)
-        return context.get_dummy_value()
-
-    return types.void(target, types.int64, source, types.int64), code
 
 
 def _kernel(version: str) -> Callable[..., None]:
@@ -418,7 +321,7 @@ def _kernel(version: str) -> Callable[..., None]:
         within, stored, way = array_at(order, WITHIN, np.uint8), number_at(order, STORED), number_at(order, WAY)
         q, sums, scale = array_at(table, STEPS, np.int8), array_at(table, SUMS, I32), array_at(table, SCALE, F32)
         mixed, line = array_at(scratch, MIXED, np.int8), array_at(scratch, LINE, np.int8)
-        moved, mixes = array_at(scratch, MOVED, F32), way in (QUADS, WINDOWS)
+        moved, mixes = array_at(scratch, MOVED, F32), SAME < way < ANY
         magnitude, rounder, bits = same_int(MAGNITUDE), same_float(ROUNDER), same_int(ROUNDER_BITS)
         top, bottom = same_int(MOST), same_int(-MOST)
         for row in range(start, stop):
@@ -438,30 +341,30 @@ def _kernel(version: str) -> Callable[..., None]:
                 found = zero_ints()
                 for j in range(at, end, 16):
                     few = load_some_floats16(numbers, 4 * (begin + j), end - j)
-                    found = _larger(found, and_(ints_of(few), magnitude))
-                largest = _largest_lane(found)
-                a = _number(largest) / TOP if largest < INFINITE else NOT_A_NUMBER
+                    found = larger(found, and_(ints_of(few), magnitude))
+                largest = largest_lane(found)
+                a = float_of(largest) / TOP if largest < INFINITE else NOT_A_NUMBER
                 each, total, kept = same_float(a), zero_ints(), same_int(ALL_BITS if a > 0 else NO_BITS)
                 for j in range(at, end, 16):
                     few = load_some_floats16(numbers, 4 * (begin + j), end - j)
                     rounded = sub(ints_of(addf(divf(few, each), rounder)), bits)
-                    rounded = and_(_larger(_smaller(rounded, top), bottom), kept)
+                    rounded = and_(larger(smaller(rounded, top), bottom), kept)
                     total = add(total, rounded)
-                    store_some(out, base + j, _low_bytes(rounded), end - j)
-                scale[place], sums[place] = a * unit, _sum_of_lanes(total)
+                    store_some(out, base + j, low_bytes(rounded), end - j)
+                scale[place], sums[place] = a * unit, sum_of_lanes(total)
                 place += width
                 at = end
             clear(out, base + at, (out.size if mixes else stored) - at)
             if way == QUADS:
                 for j in range(places.size):
-                    _copy4(steps, first + 4 * j, mixed, np.int64(places[j]))
+                    copy4(steps, first + 4 * j, mixed, np.int64(places[j]))
             elif way == WINDOWS:
                 for j in range(0, stored, 64):
                     neighbours = load_bytes64(mixed, places[j // 64])
                     store_some(steps, first + j, look_up_64(neighbours, load_bytes64(within, j)), stored - j)
             if width > 1:
                 for j in range(stored // 4):
-                    _copy4(q, 4 * ((part * (stored // 4) + j) * width + which), line, 4 * j)
+                    copy4(q, 4 * ((part * (stored // 4) + j) * width + which), line, 4 * j)
 
     return _quantise
 

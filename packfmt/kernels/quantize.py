@@ -19,29 +19,29 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import simd, threads
 from packfmt.kernels.cache import njit
 from packfmt.kernels.simd import (
-    Bytes16,
-    Floats16,
-    Ints16,
-    Shorts16,
     add,
     addf,
     and_,
     as_floats,
+    equal_lanes,
     ints_of,
+    larger,
+    largest_lane,
     load_floats16,
     load_ints16,
+    low_bytes,
+    low_shorts,
     mulf,
     or_,
     prefetch,
     same_float,
     same_int,
+    select_below,
     select_less,
     shift_left,
     shift_right,
@@ -49,9 +49,13 @@ from packfmt.kernels.simd import (
     sub,
     subf,
     to_float,
+    to_int,
+    turn,
     zero_ints,
 )
-from packfmt.kernels.simd_code import I8, I16, I32, I64, call, operation, order
+
+# passed on to the other encoders, beside what stands here
+__all__ = ["larger", "largest_lane", "low_bytes", "select_below", "turn"]
 
 LEAST_WEIGHTS = 1 << 16  # weights worth a thread
 F32 = np.float32
@@ -352,78 +356,6 @@ def _mxfp4(weight, bits, codes, scale):
                 if weight[row, j] < ZERO and code:
                     code |= np.uint8(8)  # code 8, a second zero, is never written
                 codes[row, j] = code
-
-
-# ---------------------------------------------------------------- operations on vectors
-
-
-@operation(types.int32, Ints16)
-def largest_lane(build, v):
-    """The largest of sixteen int32."""
-    return call(build, "llvm.vector.reduce.smax.v16i32", I32, v)
-
-
-@operation(Ints16, Ints16, Ints16)
-def larger(build, a, b):
-    """The larger int32 of each lane."""
-    return call(build, "llvm.smax.v16i32", Ints16.llvm, a, b)
-
-
-@operation(types.int64, Ints16, Ints16)
-def equal_lanes(build, a, b):
-    """Bit i: whether lane i of both is the same."""
-    return build.zext(build.bitcast(build.icmp_signed("==", a, b), I16), I64)
-
-
-@operation(Ints16, Floats16, Floats16, Ints16, Ints16)
-def select_below(build, a, b, x, y):
-    """Of each lane x where a < b, as float32, and y elsewhere, also where one is NaN."""
-    return build.select(build.fcmp_ordered("<", a, b), x, y)
-
-
-@operation(Ints16, Floats16)
-def to_int(build, v):
-    """float32 -> int32, toward zero; anything for what is no int32."""
-    return build.fptosi(v, Ints16.llvm)
-
-
-@operation(Bytes16, Ints16)
-def low_bytes(build, v):
-    """The lowest byte of each lane."""
-    return build.trunc(v, Bytes16.llvm)
-
-
-@operation(Shorts16, Ints16)
-def low_shorts(build, v):
-    """The lower half of each lane."""
-    return build.trunc(v, Shorts16.llvm)
-
-
-# the first halves of two vectors, lane by lane in turn; and the second halves
-WOVEN = tuple(order([lane + 16 * which for lane in lanes for which in (0, 1)]) for lanes in (range(8), range(8, 16)))
-
-
-@intrinsic
-def turn(_context, source, at, step, target, to):
-    """Sixteen times sixteen dwords, from bytes at, at + step ... of an array to byte `to` of another, transposed."""
-
-    def code(context, builder, signature, args):
-        def place(kind, array, byte):
-            data = builder.bitcast(context.make_array(kind)(context, builder, array).data, I8.as_pointer())
-            return builder.bitcast(builder.gep(data, [byte]), Ints16.llvm.as_pointer())
-
-        rows, byte = [], args[1]
-        for _ in range(16):
-            rows.append(builder.load(place(signature.args[0], args[0], byte), align=1))
-            byte = builder.add(byte, args[2])
-        for _ in range(4):  # four perfect shuffles of 16 rows' lanes are a transposition
-            pairs = [(rows[i], rows[i + 8]) for i in range(8)]
-            rows = [builder.shuffle_vector(*pair, half) for pair in pairs for half in WOVEN]
-        for i, row in enumerate(rows):
-            builder.store(row, place(signature.args[3], args[3], builder.add(args[4], I64(64 * i))), align=1)
-        return context.get_dummy_value()
-
-    return types.void(source, types.int64, types.int64, target, types.int64), code
 
 
 # ---------------------------------------------------------------- in vectors: a loop a format

@@ -30,7 +30,7 @@ import numpy as np
 from packfmt.errors import LayoutError
 from packfmt.kernels import simd, threads
 from packfmt.kernels.cache import njit
-from packfmt.kernels.quantize import AHEAD, VERSION, larger, low_bytes, select_below, turn
+from packfmt.kernels.quantize import AHEAD, VERSION
 from packfmt.kernels.simd import (
     add,
     addf,
@@ -38,19 +38,23 @@ from packfmt.kernels.simd import (
     as_floats,
     divf,
     ints_of,
+    larger,
     load_floats16,
     load_ints16,
+    low_bytes,
     mulf,
     or_,
     prefetch,
     same_float,
     same_int,
+    select_below,
     select_less,
     shift_left,
     shift_right,
     store,
     sub,
     subf,
+    turn,
     xor,
     zero_floats,
     zero_ints,

@@ -8,8 +8,10 @@ own, to nearest and half to even, and nothing is fused.
     load_*, store*, broadcast4, same_*, zero_*        from and to memory, and one number in all lanes
     and_ or_ xor add sub mul, addf subf mulf divf     lane by lane
     shift_*, funnel, as_*, widen*, *_to_float         bits, widths and number formats
-    dot4, dot4_wide, look_up_*, select_less           what the products are made of
-    clear, prefetch, claim                            memory
+    larger, smaller, largest_lane, sum_of_lanes       of int32
+    select_less, select_below, equal_lanes            comparisons
+    dot4, dot4_wide, look_up_*                        what the products are made of
+    copy4, turn, clear, prefetch, claim               memory
 
 All of these are for compiled functions. Arrays are contiguous, of any dtype, and `at` counts bytes from their first.
 Nothing is checked and addresses need not be aligned: the door before the loop sees to it that there are so many bytes.
@@ -19,8 +21,7 @@ Numba does not see an edit of what a kernel imports, nor PACKFMT_SIMD: a kernel 
 the name of an argument's type, where it is part of the key under which compiled code is kept. The operations
 themselves do not belong in a closure: to Numba they are others in each process.
 
-Source: LLVM Language Reference; Intel 64 and IA-32 Software Developer's Manual, volume 2 (PMADDUBSW, PMADDWD,
-VPDPBUSD, PSHUFB, VPERMB, VPERMD, VPERMI2D); Arm Architecture Reference Manual (TBL, SDOT, USDOT)
+Source: LLVM Language Reference; of `simd_numbers` and `simd_tables`, whose operations are passed on, see there
 """
 
 from __future__ import annotations
@@ -36,12 +37,8 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-from packfmt.kernels import simd_code
+from packfmt.kernels import simd_code, simd_numbers, simd_tables
 from packfmt.kernels.simd_code import (
-    AVX512_HERE,
-    AVX_HERE,
-    BITS,
-    F16,
     FEATURES,
     I8,
     I16,
@@ -50,11 +47,6 @@ from packfmt.kernels.simd_code import (
     INTERPRETED,
     LEVEL,
     LEVELS,
-    NEON,
-    SDOT,
-    USDOT,
-    VPDPBUSD,
-    VPERMB,
     Bytes16,
     Bytes64,
     Floats16,
@@ -64,14 +56,19 @@ from packfmt.kernels.simd_code import (
     all_lanes,
     call,
     constant,
-    cut,
-    joined,
     lane_by_lane,
     make_intrinsic,
-    on_registers,
     operation,
     order,
 )
+from packfmt.kernels.simd_numbers import (
+    bfloat_to_float,
+    e4m3_to_float,
+    e8m0_to_float,
+    ggml_e4m3_to_float,
+    half_to_float,
+)
+from packfmt.kernels.simd_tables import dot4, dot4_wide, look_up_16, look_up_64, look_up_words
 
 # passed on, beside what stands here
 __all__ = [
@@ -85,9 +82,20 @@ __all__ = [
     "Ints16",
     "Shorts16",
     "Vector",
+    "bfloat_to_float",
+    "dot4",
+    "dot4_wide",
+    "e4m3_to_float",
+    "e8m0_to_float",
+    "ggml_e4m3_to_float",
+    "half_to_float",
+    "look_up_16",
+    "look_up_64",
+    "look_up_words",
 ]
 
-_CODE = b"".join(Path(file).read_bytes() for file in (__file__, simd_code.__file__))
+FILES: Final = (__file__, simd_code.__file__, simd_numbers.__file__, simd_tables.__file__)
+_CODE = b"".join(Path(file).read_bytes() for file in FILES)
 VERSION: Final = f"{LEVEL}-{sha256(_CODE).hexdigest()[:12]}"
 
 # ---- memory
@@ -195,6 +203,44 @@ def store_some(_context, array, at, vector, count):
 
 
 @intrinsic
+def copy4(_context, target, to, source, at):
+    """Four bytes from byte `at` of an array to byte `to` of another."""
+
+    def code(context, builder, signature, args):
+        written = _place(context, builder, signature.args[0], *args[:2], I32)
+        found = builder.load(_place(context, builder, signature.args[2], *args[2:], I32), align=1)
+        builder.store(found, written, align=1)
+        return context.get_dummy_value()
+
+    return types.void(target, types.int64, source, types.int64), code
+
+
+# the first halves of two vectors, lane by lane in turn; and the second halves
+WOVEN = tuple(order([lane + 16 * which for lane in lanes for which in (0, 1)]) for lanes in (range(8), range(8, 16)))
+
+
+@intrinsic
+def turn(_context, source, at, step, target, to):
+    """Sixteen times sixteen dwords, from bytes at, at + step ... of an array to byte `to` of another, transposed."""
+
+    def code(context, builder, signature, args):
+        rows, byte, kind = [], args[1], Ints16.llvm
+        for _ in range(16):
+            place = _place(context, builder, signature.args[0], args[0], byte, kind)
+            rows.append(builder.load(place, align=1))
+            byte = builder.add(byte, args[2])
+        for _ in range(4):  # four perfect shuffles of 16 rows' lanes are a transposition
+            pairs = [(rows[i], rows[i + 8]) for i in range(8)]
+            rows = [builder.shuffle_vector(*pair, half) for pair in pairs for half in WOVEN]
+        for i, row in enumerate(rows):
+            place = _place(context, builder, signature.args[3], args[3], builder.add(args[4], I64(64 * i)), kind)
+            builder.store(row, place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, target, types.int64), code
+
+
+@intrinsic
 def clear(_context, array, at, count):
     """Write so many bytes of 0."""
 
@@ -292,6 +338,42 @@ def select_less(_context, a, b, x, y):
     return x(a, b, x, y), code
 
 
+@operation(Ints16, Ints16, Ints16)
+def larger(build, a, b):
+    """The larger int32 of each lane."""
+    return call(build, "llvm.smax.v16i32", Ints16.llvm, a, b)
+
+
+@operation(Ints16, Ints16, Ints16)
+def smaller(build, a, b):
+    """The smaller int32 of each lane."""
+    return call(build, "llvm.smin.v16i32", Ints16.llvm, a, b)
+
+
+@operation(types.int32, Ints16)
+def largest_lane(build, v):
+    """The largest of sixteen int32."""
+    return call(build, "llvm.vector.reduce.smax.v16i32", I32, v)
+
+
+@operation(types.int32, Ints16)
+def sum_of_lanes(build, v):
+    """The sum of sixteen int32, which wraps."""
+    return call(build, "llvm.vector.reduce.add.v16i32", I32, v)
+
+
+@operation(Ints16, Floats16, Floats16, Ints16, Ints16)
+def select_below(build, a, b, x, y):
+    """Of each lane x where a < b, as float32, and y elsewhere, also where one is NaN."""
+    return build.select(build.fcmp_ordered("<", a, b), x, y)
+
+
+@operation(types.int64, Ints16, Ints16)
+def equal_lanes(build, a, b):
+    """Bit i: whether lane i of both is the same."""
+    return build.zext(build.bitcast(build.icmp_signed("==", a, b), I16), I64)
+
+
 # ---- shifts: by a number that all lanes share, which is best a constant
 
 
@@ -368,235 +450,25 @@ def widen_shorts(build, v):
     return build.zext(v, Ints16.llvm)
 
 
-def _from_small(build: ir.IRBuilder, magnitude: Any, mantissa: int, bias: int) -> Any:
-    """Float32's bits of a magnitude without sign, which has so many bits of mantissa; infinity is not among them.
-
-    Shifted to where float32 has its exponent, it is the number but for the bias. A subnormal counts in the same steps
-    as the exponent above: it is read as of that one, and what is too much is taken off, so that no float32 that is met
-    is subnormal, and nothing depends on whether those are flushed.
-    """
-    whole = magnitude.type
-    bits = build.shl(magnitude, constant(whole, 23 - mantissa))
-    normal = build.add(bits, constant(whole, 127 - bias << 23))
-    one_more = build.bitcast(build.add(normal, constant(whole, 1 << 23)), Floats16.llvm)
-    few = build.bitcast(build.fsub(one_more, constant(Floats16.llvm, 2.0 ** (1 - bias))), whole)
-    return build.select(build.icmp_unsigned("<", bits, constant(whole, 1 << 23)), few, normal)
+@operation(Ints16, Floats16)
+def to_int(build, v):
+    """float32 -> int32, toward zero; anything for what is no int32."""
+    return build.fptosi(v, Ints16.llvm)
 
 
-@operation(Floats16, Shorts16)
-def half_to_float(build, v):
-    """float16 -> float32, exact; a NaN stays one."""
-    if AVX_HERE:
-        return build.fpext(build.bitcast(v, ir.VectorType(F16, 16)), Floats16.llvm)
-    whole = Ints16.llvm
-    code = build.zext(v, whole)
-    magnitude = build.and_(code, constant(whole, 0x7FFF))
-    beyond = build.or_(build.shl(magnitude, constant(whole, 13)), constant(whole, 0x7F800000))  # infinity or NaN
-    is_beyond = build.icmp_unsigned(">=", magnitude, constant(whole, 0x7C00))
-    size = build.select(is_beyond, beyond, _from_small(build, magnitude, 10, 15))
-    sign = build.shl(build.and_(code, constant(whole, 0x8000)), constant(whole, 16))
-    return build.bitcast(build.or_(size, sign), Floats16.llvm)
+@operation(Bytes16, Ints16)
+def low_bytes(build, v):
+    """The lowest byte of each lane."""
+    return build.trunc(v, Bytes16.llvm)
 
 
-@operation(Floats16, Shorts16)
-def bfloat_to_float(build, v):
-    """bfloat16 -> float32, exact, NaN to the bit."""
-    return build.bitcast(build.shl(build.zext(v, Ints16.llvm), constant(Ints16.llvm, 16)), Floats16.llvm)
+@operation(Shorts16, Ints16)
+def low_shorts(build, v):
+    """The lower half of each lane."""
+    return build.trunc(v, Shorts16.llvm)
 
 
-def _e4m3(build: ir.IRBuilder, v: Any, signed: bool) -> Any:
-    """Float8 of four and three bits -> float32; the code of NaN as if it were a number.
-
-    At the same places in a float16, the bits are the number but for the bias, subnormals too.
-    """
-    if AVX_HERE:
-        words = ir.VectorType(I16, 16)
-        wide = build.shl(build.sext(v, words), constant(words, 7))
-        half = build.and_(wide, constant(words, 0x3F80 - 0x8000 * signed))
-        number = build.fpext(build.bitcast(half, ir.VectorType(F16, 16)), Floats16.llvm)
-        return build.fmul(number, constant(Floats16.llvm, 2.0 ** (15 - 7)))
-    whole = Ints16.llvm
-    code = build.zext(v, whole)
-    bits = _from_small(build, build.and_(code, constant(whole, 0x7F)), 3, 7)
-    sign = build.shl(build.and_(code, constant(whole, 0x80 * signed)), constant(whole, 24))
-    return build.bitcast(build.or_(bits, sign), Floats16.llvm)
-
-
-@operation(Floats16, Bytes16)
-def e4m3_to_float(build, v):
-    """float8_e4m3fn -> float32, exact; 0x7f and 0xff are NaN."""
-    last = constant(v.type, 0x7F)
-    is_nan = build.icmp_unsigned("==", build.and_(v, last), last)
-    return build.select(is_nan, constant(Floats16.llvm, float("nan")), _e4m3(build, v, True))
-
-
-@operation(Floats16, Bytes16)
-def ggml_e4m3_to_float(build, v):
-    """ufloat7_e4m3 -> float32, exact: bit 7 is ignored, but for 127, which is 0, where 255 is 480."""
-    is_zero = build.icmp_unsigned("==", v, constant(v.type, 0x7F))
-    return build.select(is_zero, constant(Floats16.llvm, 0.0), _e4m3(build, v, False))
-
-
-@operation(Floats16, Bytes16, types.int32, types.boolean)
-def e8m0_to_float(build, v, exponent, nan):
-    """2 ** (byte - exponent), exact, subnormals too; below 2**-149 it is 0, above float32 infinite.
-
-    exponent : int32 of -2**30 to 2**30
-    nan : whether byte 255 is NaN
-    """
-    whole = Ints16.llvm
-    byte = build.zext(v, whole)
-    field = build.add(byte, all_lanes(build, build.sub(I32(127), exponent), 16))  # of float32
-    over = build.icmp_signed(">", field, constant(whole, 255))
-    normal = build.shl(build.select(over, constant(whole, 255), field), constant(whole, 23))
-    below = build.sub(constant(whole, 0), field)  # 0 is 2**-127, which is half the smallest normal
-    is_nothing = build.icmp_signed(">", below, constant(whole, 31))
-    few = build.lshr(constant(whole, 1 << 22), build.select(is_nothing, constant(whole, 31), below))
-    bits = build.select(build.icmp_signed(">", field, constant(whole, 0)), normal, few)
-    is_last = build.icmp_unsigned("==", byte, constant(whole, 255))
-    is_nan = build.and_(is_last, all_lanes(build, nan, 16))
-    return build.bitcast(build.select(is_nan, constant(whole, 0x7FC00000), bits), Floats16.llvm)
-
-
-# ---- dot products of four bytes
-
-
-def _even_and_odd(build: ir.IRBuilder, u: Any, s: Any) -> list[tuple[Any, Any]]:
-    """Unsigned and signed bytes as 16-bit numbers: those at even places, and those at odd ones."""
-    words = ir.VectorType(I16, 32)
-    u, s, eight = build.bitcast(u, words), build.bitcast(s, words), constant(words, 8)
-    even = build.and_(u, constant(words, 255)), build.ashr(build.shl(s, eight), eight)
-    return [even, (build.lshr(u, eight), build.ashr(s, eight))]
-
-
-def _sums_of_four(build: ir.IRBuilder, u: Any, s: Any) -> Any:
-    """On any machine: products of 8 bits fit int16 (255 * -128 = -32640), and two of those are an int32's halves."""
-    total, sixteen = constant(Ints16.llvm, 0), constant(Ints16.llvm, 16)
-    for a, b in _even_and_odd(build, u, s):
-        two = build.bitcast(build.mul(a, b), Ints16.llvm)
-        low, high = build.ashr(build.shl(two, sixteen), sixteen), build.ashr(two, sixteen)
-        total = build.add(total, build.add(low, high))
-    return total
-
-
-def _sums_of_two(build: ir.IRBuilder, a: Any, b: Any) -> Any:
-    """PMADDWD: products of int16, added two by two as int32."""
-    name = "llvm.x86.avx512.pmaddw.d.512" if AVX512_HERE else "llvm.x86.avx2.pmadd.wd"
-    return on_registers(build, name, I32, a, b)
-
-
-def _dot4(build: ir.IRBuilder, acc: Any, u: Any, s: Any, most: int) -> Any:
-    """acc + the sums of four products, where u is `most` or below."""
-    if VPDPBUSD:  # does not saturate
-        ints = (build.bitcast(v, Ints16.llvm) for v in (u, s))
-        return on_registers(build, f"llvm.x86.avx512.vpdpbusd.{BITS}", I32, acc, *ints)
-    if SDOT and most < 128:
-        return on_registers(build, "llvm.aarch64.neon.sdot.v4i32.v16i8", I32, acc, u, s)
-    if USDOT:
-        return on_registers(build, "llvm.aarch64.neon.usdot.v4i32.v16i8", I32, acc, u, s)
-    if not AVX_HERE:
-        return build.add(acc, _sums_of_four(build, u, s))
-    if most < 128:  # two products fit int16, where PMADDUBSW would saturate
-        name = "llvm.x86.avx512.pmaddubs.w.512" if AVX512_HERE else "llvm.x86.avx2.pmadd.ub.sw"
-        pairs = on_registers(build, name, I16, u, s)
-        return build.add(acc, _sums_of_two(build, pairs, constant(pairs.type, 1)))
-    even, odd = (_sums_of_two(build, a, b) for a, b in _even_and_odd(build, u, s))
-    return build.add(acc, build.add(even, odd))
-
-
-@operation(Ints16, Ints16, Bytes64, Bytes64)
-def dot4(build, acc, u, s):
-    """acc[i] + u[4i] * s[4i] + ... + u[4i + 3] * s[4i + 3]; u is 0 to 127, s int8. The sum wraps."""
-    return _dot4(build, acc, u, s, 127)
-
-
-@operation(Ints16, Ints16, Bytes64, Bytes64)
-def dot4_wide(build, acc, u, s):
-    """As `dot4`, where u is 0 to 255."""
-    return _dot4(build, acc, u, s, 255)
-
-
-# ---- tables
-
-
-def _in_memory(build: ir.IRBuilder, table: Any, index: Any) -> Any:
-    """table[index[i]] for every lane, by a loop over the stack: for machines without an instruction for it."""
-    lane = index.type.element
-    out = cgutils.alloca_once(build, index.type)
-    places = [cgutils.alloca_once_value(build, table), cgutils.alloca_once_value(build, index), out]
-    numbers, which, found = (build.bitcast(place, lane.as_pointer()) for place in places)
-    with cgutils.for_range(build, I64(index.type.count)) as loop:
-        at = build.zext(build.load(build.gep(which, [loop.index])), I64)
-        build.store(build.load(build.gep(numbers, [at])), build.gep(found, [loop.index]))
-    return build.load(out)
-
-
-def _in_sixteens(build: ir.IRBuilder, table: Any, index: Any) -> Any:
-    """Of each 16 bytes the one that the index's low 4 bits name. Where its bit 7 is set, PSHUFB gives 0."""
-    if NEON:
-        return on_registers(build, "llvm.aarch64.neon.tbl1.v16i8", I8, table, index)
-    name = "llvm.x86.avx512.pshuf.b.512" if AVX512_HERE else "llvm.x86.avx2.pshuf.b"
-    return on_registers(build, name, I8, table, index)
-
-
-def _in_64(build: ir.IRBuilder, table: Any, index: Any) -> Any:
-    """TBL of four registers: table[index], and 0 where the index is 64 or above."""
-    quarters = cut(build, table, 16)
-    name = "llvm.aarch64.neon.tbl4.v16i8"
-    return joined(build, [call(build, name, part.type, *quarters, part) for part in cut(build, index, 16)])
-
-
-@operation(Bytes64, Bytes64, Bytes64)
-def look_up_16(build, table, index):
-    """table[index & 15]; the table is 16 bytes, four times."""
-    if VPERMB:  # looks at six bits, and the upper two of them only name a copy
-        return call(build, "llvm.x86.avx512.permvar.qi.512", Bytes64.llvm, table, index)
-    index = build.and_(index, constant(Bytes64.llvm, 15))
-    return (_in_sixteens if AVX_HERE or NEON else _in_memory)(build, table, index)
-
-
-@operation(Bytes64, Bytes64, Bytes64)
-def look_up_64(build, table, index):
-    """table[index & 63]."""
-    kind = Bytes64.llvm
-    if VPERMB:
-        return call(build, "llvm.x86.avx512.permvar.qi.512", kind, table, index)
-    index = build.and_(index, constant(kind, 63))
-    if not AVX_HERE:
-        return (_in_64 if NEON else _in_memory)(build, table, index)
-    # A quarter at a time: bit 7 of (index ^ 16q) + 112 is clear only where the index is in quarter q, and the low
-    # 4 bits are the index's. Elsewhere PSHUFB gives 0.
-    total = constant(kind, 0)
-    for quarter in range(4):
-        part = build.shuffle_vector(table, table, order([*range(16 * quarter, 16 * quarter + 16)] * 4))
-        at = build.add(build.xor(index, constant(kind, 16 * quarter)), constant(kind, 112))
-        total = build.or_(total, _in_sixteens(build, part, at))
-    return total
-
-
-@operation(Ints16, Ints16, Ints16, Ints16)
-def look_up_words(build, t0, t1, index):
-    """(t0 : t1)[index & 31], a table of 32 words."""
-    kind = Ints16.llvm
-    if AVX512_HERE:
-        return call(build, "llvm.x86.avx512.vpermi2var.d.512", kind, t0, index, t1)
-    if AVX_HERE:
-        return joined(build, [_in_32_words(build, t0, t1, part) for part in cut(build, index, 8)])
-    index = build.and_(index, constant(kind, 31))
-    if not NEON:
-        return _in_memory(build, joined(build, [t0, t1]), index)
-    # Bytes of words: 4 * index + 0, 1, 2, 3. In the second half of the table they count from 64.
-    places = build.add(build.mul(index, constant(kind, 0x04040404)), constant(kind, 0x03020100))
-    low = build.bitcast(places, Bytes64.llvm)
-    high = build.sub(low, constant(Bytes64.llvm, 64))
-    halves = [_in_64(build, build.bitcast(t, Bytes64.llvm), at) for t, at in ((t0, low), (t1, high))]
-    return build.bitcast(build.or_(*halves), kind)
-
-
-def _in_32_words(build: ir.IRBuilder, t0: Any, t1: Any, index: Any) -> Any:
-    """VPERMD looks at three bits of eight indexes; the other two choose among four tables."""
-    eights = [*cut(build, t0, 8), *cut(build, t1, 8)]
-    a, b, c, d = (call(build, "llvm.x86.avx2.permd", index.type, eight, index) for eight in eights)
-    zero = constant(index.type, 0)
-    bit3, bit4 = (build.icmp_signed("<", build.shl(index, constant(index.type, up)), zero) for up in (28, 27))
-    return build.select(bit4, build.select(bit3, d, c), build.select(bit3, b, a))
+@operation(types.float32, types.int32)
+def float_of(build, bits):
+    """The float32 of these bits."""
+    return build.bitcast(bits, Floats16.llvm.element)
