@@ -20,7 +20,7 @@ import typer
 
 from packfmt.cli import run, show
 from packfmt.cli.options import size_of
-from packfmt.conversion import running
+from packfmt.conversion import tasks
 from tests.models import folder, normal, tensors
 
 SIZE = 4 * (96 * 256 + 64 * 256 + 64 + 256 + 32 * 256 + 4 * 32 * 256 + 8 * 8 * 3) + 8 * 7  # of `tensors()`, in bytes
@@ -283,10 +283,14 @@ def stopped(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -
         (
             OSError(errno.ENOSPC, "No space left on device"),
             3,
-            "{out}: the disk is full; what is done lies in out.partial",
+            "{out}: the disk is full; make room; what is done lies in {out}.partial",
         ),
-        (PermissionError(errno.EACCES, "Permission denied"), 3, "{out}: Permission denied; what is done lies in"),
-        (KeyboardInterrupt(), 130, "interrupted; what is done lies in out.partial, --resume goes on"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            3,
+            "{out}: permission denied; change who may read and write there",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted; what is done lies in {out}.partial, --resume goes on"),
     ],
 )
 def test_a_stopped_conversion_says_in_one_line_that_it_can_go_on_and_does(
@@ -311,7 +315,7 @@ def test_a_source_that_is_cut_off_meanwhile_is_one_line(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     whole: dict[str, bytes],
 ) -> None:  # fmt: skip
-    source, carry_out = model / "model.safetensors", running.carry_out
+    source, carry_out = model / "model.safetensors", tasks.carry_out
     good, when = source.read_bytes(), source.stat()
 
     def cut_off(*arguments: object, **more: object) -> object:
@@ -319,7 +323,7 @@ def test_a_source_that_is_cut_off_meanwhile_is_one_line(
         return carry_out(*arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "carry_out", cut_off)
+        patch.setattr(tasks, "carry_out", cut_off)
         said = Said(capsys, "convert", model, tmp_path / "out", "--to", "q4_0")
     assert said.code == 3 and said.err.count("\n") == 1 and "model.safetensors" in said.err
     source.write_bytes(good)
@@ -368,7 +372,7 @@ def test_a_signal_stops_a_conversion_which_goes_on_later(
     child.send_signal(sign)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (130, "")
-    assert err == "packfmt: interrupted; what is done lies in out.partial, --resume goes on\n"
+    assert err == f"packfmt: interrupted; what is done lies in {tmp_path}/out.partial, --resume goes on\n"
     assert not (tmp_path / "out").exists()
     said = Said(capsys, *words, "--resume", "--json-progress")
     told = [json.loads(line) for line in said.err.splitlines()]
@@ -465,21 +469,48 @@ class Clock:
 def test_a_meter_knows_rate_and_time_left_and_what_was_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     meter = show.Meter(10_000)
-    assert (meter.rate, meter.left, str(meter)) == (0, None, "0 B of 10 kB  ")
-    meter.add("a", 4000)  # at once: done by an earlier run
-    assert (meter.rate, meter.left) == (0, None)
-    clock.now += 2
-    meter.add("b", 1000)
-    assert (meter.rate, meter.left) == (500, 10)
-    assert str(meter) == "5 kB of 10 kB  500 B/s  10 s left  b"
-    told = {"bytes": 5000, "total": 10_000, "rate": 500, "seconds_left": 10.0, "tensor": "b"}
-    assert meter.to_json() == told
-    for _ in range(40):  # slower now: of the first second nothing is left in the rate
+    assert (meter.rate, meter.left, str(meter)) == (None, None, "0 B of 10 kB  ")
+    for _ in range(4):  # at once: done by an earlier run
+        meter.add("a", 1000)
+        clock.now += 0.1
+    for _ in range(4):  # too few to know
+        told = {"bytes": meter.done, "total": 10_000, "rate": None, "seconds_left": None}
+        assert meter.to_json() == {**told, "tensor": meter.tensor, "checking": False}
+        assert str(meter) == f"{show.size(meter.done)} of 10 kB  {meter.tensor}"
+        clock.now += 2
+        meter.add("b", 1000)
+    assert (meter.rate, meter.left) == (500, 4)  # since the first of these
+    assert str(meter) == "8 kB of 10 kB  500 B/s  4 s left  b"
+    told = {"bytes": 8000, "total": 10_000, "rate": 500, "seconds_left": 4.0}
+    assert meter.to_json() == {**told, "tensor": "b", "checking": False}
+    for _ in range(40):  # slower now: of the first seconds nothing is left in the rate
         clock.now += 1
         meter.add("c", 10)
     assert meter.rate == pytest.approx(10)
+    clock.now += 100  # as far apart as samples may be, there are enough of them
+    meter.add("c", 10)
+    assert meter.rate is not None
     meter.add("d", 99_999)
     assert (meter.done, meter.left) == (10_000, 0)
+
+
+@pytest.mark.parametrize("every", [0.1, 0.5, 2.0])
+def test_no_rate_is_wild(monkeypatch: pytest.MonkeyPatch, every: float) -> None:
+    """A lot was done before, and the rest is told of in pieces, as journals are: each rate is near the true one."""
+    clock = Clock(monkeypatch)
+    meter, rates = show.Meter(10**9), []
+    for _ in range(60_000):
+        meter.add("a", 10_000)
+        clock.now += 2e-6
+    clock.now += 20  # until workers have begun
+    for at in range(int(30 / every)):
+        clock.now += every
+        for _ in range(10):
+            meter.add("b", round(100 * every))
+            clock.now += 1e-5
+        if meter.rate is not None and at:
+            rates.append(meter.rate)
+    assert rates and min(rates) > 900 and max(rates) < 1100
 
 
 def test_json_progress_is_a_line_a_second_and_a_last_one(
@@ -492,8 +523,9 @@ def test_json_progress_is_a_line_a_second_and_a_last_one(
             done("a.weight", 1)
     told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [t["bytes"] for t in told] == [16, 32, 48, 64, 80, 96, 100]
-    assert {t["rate"] for t in told} == {16} and [t["seconds_left"] for t in told[-2:]] == [0.2, 0.0]
-    assert told[-1].keys() == {"bytes", "total", "rate", "seconds_left", "tensor"}
+    assert [t["rate"] for t in told] == [None] * 3 + [16] * 4
+    assert [t["seconds_left"] for t in told[-2:]] == [0.2, 0.0]
+    assert told[-1].keys() == {"bytes", "total", "rate", "seconds_left", "tensor", "checking"}
     with pytest.raises(ValueError), show.progress(100, as_lines_of_json=True) as done:
         done("a.weight", 7)
         raise ValueError

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_a_conversion_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: P
 
 
 # what changes a disk: the system's calls, and the journal's line in two halves
-CALLS = ("fdatasync", "fsync", "ftruncate", "mkdir", "pwrite", "rename", "replace", "rmdir", "unlink")
+CALLS = ("fdatasync", "fsync", "ftruncate", "mkdir", "pwrite", "rename", "replace", "rmdir", "setxattr", "unlink")
 
 
 def killed_at_call(number: int) -> Callable[..., None]:
@@ -110,7 +111,7 @@ def killed_at_call(number: int) -> Callable[..., None]:
 
         return instead
 
-    for name in CALLS:
+    for name in filter(partial(hasattr, os), CALLS):
         setattr(os, name, counted(name, getattr(os, name)))
     journal.Journal._append = counted("_append", journal.Journal._append)  # type: ignore[method-assign]
 
@@ -331,7 +332,8 @@ def test_a_disk_that_fills_up_is_one_line_and_gone_on_with_when_there_is_room(
         # as if others took the room when it had begun
         patched.setattr(running, "may_write", lambda *_: (small_disk / "others").write_bytes(bytes(2**20 - room)))
         convert(model, target)
-    assert str(error.value) == f"{target}: the disk is full; what is done lies in {name}.partial, --resume goes on"
+    what = f"the disk is full; make room; what is done lies in {target}.partial, --resume goes on"
+    assert str(error.value) == f"{target}: {what}"
     assert not target.exists()
     with pytest.raises(MachineError, match="bytes free, this conversion needs"):
         convert(model, target, resume=True)
@@ -343,7 +345,7 @@ def test_a_disk_that_fills_up_is_one_line_and_gone_on_with_when_there_is_room(
 def test_a_journal_on_a_full_disk_has_no_half_lines(tmp_path: Path) -> None:
     """What of a line was written when the disk was full is taken back."""
     path = tmp_path / "out.partial.journal"
-    begin = {"conversion": {"packfmt": "1"}, "task": "1/1"}
+    begin = {"conversion": "2c26b46b", "source": {}, "task": "all"}
     mine = journal.Journal(path, begin, resume=False)
     mine.add([(0, {"rows": (0, 4), "counted": 1})])
     before, file = path.read_bytes(), mine._file
@@ -389,7 +391,7 @@ def test_resume_says_what_has_changed(tmp_path: Path, monkeypatch: pytest.Monkey
             conversion.convert(model, target, **{"to": "nvfp4", "max_shard": SHARD, "resume": True, **more})
         text = str(error.value)
         assert text.startswith(f"{journal.path_of(target)}: cannot go on: {what}"), text
-        assert text.endswith("; do as before, or remove out.partial*") and "\n" not in text
+        assert text.endswith(f"; do as before, or begin anew after rm -r {target}.partial*") and "\n" not in text
         assert {p: hashes(p) for p in tmp_path.glob("out*")} == before
 
     refused("plan: steps: layers.0.mlp.down_proj.weight: to was nvfp4, now mxfp4", to="mxfp4")
@@ -419,17 +421,17 @@ def test_what_another_run_left_is_not_written_over(
     small_slices(monkeypatch)
     _, target = stopped(model, tmp_path / "out", monkeypatch)
     before = {p: hashes(p) for p in tmp_path.glob("out*")}
-    with pytest.raises(ContainerError, match=r"a conversion to here was stopped; --resume goes on with it, or remove"):
+    with pytest.raises(ContainerError, match=r"a conversion to here was stopped; --resume goes on with it, or begin"):
         convert(model, target)
     for task in (Task(1, 2), Task(2, 2)):
-        with pytest.raises(PlanError, match=r"begun without --task; do as before, or remove out\.partial\*"):
+        with pytest.raises(PlanError, match=r"begun without --task; do as before, or begin anew after rm -r "):
             run(model, target, task=task)
     assert {p: hashes(p) for p in tmp_path.glob("out*")} == before
     journal.path_of(target).unlink()
     for resume in (False, True):
         with pytest.raises(ContainerError, match=r"out\.partial: is there, and no journal says what it is; remove it"):
             convert(model, target, resume=resume)
-    assert beside(target) == ["out.partial"]
+    assert beside(target) == ["out.partial", "out.partial.plan"]
 
 
 @pytest.mark.parametrize("gone", ["all", "a file", "a part"])
@@ -445,7 +447,7 @@ def test_what_a_journal_says_must_be_there(
         next(partial.glob("*.safetensors")).unlink()
     else:
         os.truncate(next(partial.glob("*.safetensors")), 100)
-    with pytest.raises(PlanError, match=r"is not there as the journal says; remove out\.partial\*"):
+    with pytest.raises(PlanError, match=r"is not there as the journal says; begin anew after rm -r .*out\.partial\*"):
         convert(model, target, resume=True)
 
 

@@ -10,6 +10,7 @@ The figures of docs/many-machines.md are this tool's.
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import sys
@@ -18,9 +19,9 @@ from math import prod
 from pathlib import Path
 
 from packfmt import codecs, exporters
-from packfmt.conversion.journal import Task
-from packfmt.conversion.running import _Job, share
-from packfmt.conversion.steps import cut
+from packfmt.conversion import record
+from packfmt.conversion.steps import Slice, cut
+from packfmt.conversion.tasks import Job, shares
 from packfmt.layout import DENSE
 from packfmt.plan import Plan, Recipe, TensorInfo, make_plan
 
@@ -30,6 +31,7 @@ ENCODES = {"mxfp4": 0.25e9, "nvfp4_ct": 0.13e9, "sherry": 0.5e9, "q8_0": 0.25e9}
 LINK = 1.25e9  # bytes a second of a worker's own link, 10 Gbit
 STORAGES = (20e9, 80e9)  # bytes a second of the storage that all share, reading and writing together
 KILLED = 1 / 3600  # chance of a worker in each second
+FIRST_LINE = 200  # bytes of a journal
 BEGINS = 15  # seconds until a worker that was killed has begun again; two seconds of its work are lost
 
 
@@ -87,24 +89,39 @@ def plan_of(layout: str) -> Plan:
     return make_plan("model", checkpoint(), Recipe(layout, fallback="q8_0"), container, codecs.get)
 
 
+def lines_of(plan: Plan, slices: list[list[Slice]]) -> list[int]:
+    """Bytes of the lines that a journal gets of each step: one for a slice, and one with the checksums."""
+    entries = exporters.get(plan.container).lay(Path("out"), plan, exporters.Extras()).entries
+    out = []
+    for at, (parts, entry) in enumerate(zip(slices, entries, strict=True)):
+        rows = [{"step": at, "rows": (s.start, s.stop), "counted": 0} for s in parts]
+        sums = {"step": at, "sums": dict.fromkeys((*entry.summed, *entry.streams), "0" * 64)}
+        out.append(sum(len(json.dumps(line, separators=(",", ":"))) + 1 for line in (*rows, sums)))
+    return out
+
+
 def main(layout: str = "mxfp4", count: int = 64) -> None:
     plan = plan_of(layout)
-    parts = [share(plan, Task(n, count)) for n in range(1, count + 1)]
+    parts = shares(plan, count)
     read = [sum(plan.steps[at].before.nbytes(*_matrix(plan.steps[at].shape)) for at in part) for part in parts]
     wrote = [sum(plan.steps[at].nbytes for at in part) for part in parts]
     encoded = [sum(prod(plan.steps[at].shape) for at in part if plan.steps[at].encoder) for part in parts]
     files = [{plan.steps[at].file for at in part} for part in parts]
     shared = sum(1 for f in set().union(*files) if sum(f in mine for mine in files) > 1)
-    job = _Job(plan, Path("out"), {"conversion": {"plan": plan.to_json()}}, {}, 1 << 30)
-    slices = sum(len(cut(at, step)) for at, step in enumerate(plan.steps))
+    job = Job(plan, Path("out"), {}, {}, "", {}, 0)
+    slices = [cut(at, step) for at, step in enumerate(plan.steps)]
+    lines = lines_of(plan, slices)
+    journals = [FIRST_LINE + sum(lines[at] for at in part) for part in parts]
     print(f"{layout}, {count} workers of {CORES} cores")
     every = len(set().union(*files))
-    print(f"tensors {len(plan.steps):,}, slices {slices:,}, files {every}, of several tasks {shared}")
+    print(f"tensors {len(plan.steps):,}, slices {sum(map(len, slices)):,}, files {every}, of several tasks {shared}")
     print(f"read {sum(read) / 1e9:,.0f} GB, written {sum(wrote) / 1e9:,.0f} GB")
     print(f"a task reads {min(read) / 1e9:.2f} to {max(read) / 1e9:.2f} GB, writes {min(wrote) / 1e9:.2f} to "
           f"{max(wrote) / 1e9:.2f} GB")  # fmt: skip
-    print(f"sent to a worker {len(pickle.dumps(job)) / 1e6:.1f} MB; a journal has at most "
-          f"{max(len(p) for p in parts) * 300 / 1e3 + slices / count * 60 / 1e3:.0f} kB")  # fmt: skip
+    print(
+        f"sent to a worker {len(pickle.dumps(job)) / 1e6:.1f} MB; a journal grows to {min(journals) / 1e6:.2f} to "
+        f"{max(journals) / 1e6:.2f} MB; what is converted, once, {len(record.text_of(job.conversion)) / 1e6:.1f} MB"
+    )
     speed = ENCODES[layout] * CORES
     for storage in STORAGES:
         tasks = [(max(1e-3, e / speed), float(r), float(w)) for e, r, w in zip(encoded, read, wrote, strict=True)]

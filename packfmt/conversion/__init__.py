@@ -3,8 +3,11 @@
 admission   may it begin: destination, disk, memory
 steps       one step, on a tensor or some of its rows
 work        the steps of a plan, by threads, a slice of rows at a time
-journal     what is done, so that a conversion that was stopped can go on
-running     all of a plan: alone, as one of several tasks, by an executor's workers
+record      what is converted, in a file, so that it can be told from another conversion
+journal     what is done of it, so that a conversion that was stopped can go on
+tasks       a conversion cut into parts, for tasks and for an executor's workers
+running     all of a plan: alone, as one of several tasks, by workers; and what tasks made, merged
+mark        a note on an output that it is whole, and whose it is
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ from packfmt.checkpoint import Checkpoint
 from packfmt.codec import Array, dense_dtype
 from packfmt.conversion.admission import memory_for
 from packfmt.conversion.journal import Task
-from packfmt.conversion.running import Report, merge, run
-from packfmt.conversion.work import Progress, refused
+from packfmt.conversion.running import Checking, Report, merge, run, survey
+from packfmt.conversion.work import Progress
 from packfmt.errors import PlanError
 from packfmt.exporters import beside
 from packfmt.layout import DENSE
 from packfmt.plan import DENSE_AGAIN, MAX_SHARD, RESTORED, Plan, Recipe, from_json, make_plan
 
 __all__ = [
+    "Checking",
     "Progress",
     "Report",
     "Task",
@@ -40,7 +44,6 @@ __all__ = [
 ]
 
 NO_FOLDERS = (".onnx", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".npz", ".json", ".ggml", ".msgpack", ".zip")
-MOST_LINES = 8  # of refused tensors
 
 
 def convert(
@@ -92,12 +95,21 @@ def convert(
     recipe = Recipe(to, tuple((overrides or {}).items()), fallback, encoder, max_shard, lossless)
     target = Path(target)
     with checkpoint.open(source, read_as=read_as, base=base) as model:
-        plan = plan_for(model, target, recipe, container, memory)
-        return run(plan, model, target, check=check, force=force, importance=importance, memory=memory, resume=resume)
+        plan = plan_for(model, target, recipe, container, survey_now=False)
+        return run(
+            plan, model, target, check=check, force=force, survey_first=lossless, importance=importance, memory=memory,
+            resume=resume,
+        )  # fmt: skip
 
 
-def plan_for(model: Checkpoint, target: Path, recipe: Recipe, container: str = "", memory: int = 0) -> Plan:
-    """The plan of a conversion of an open model (`plan.make_plan`). `memory`: as `run` has it, for a lossless one."""
+def plan_for(
+    model: Checkpoint, target: Path, recipe: Recipe, container: str = "", memory: int = 0, survey_now: bool = True
+) -> Plan:
+    """The plan of a conversion of an open model (`plan.make_plan`).
+
+    memory : as `run` has it, for a lossless one
+    survey_now : look at the weights of a lossless one; else `run` does, when it has looked at the target
+    """
     quantised = beside.quantised(model.extras.config) or {}
     method = quantised.get("quant_method", "packfmt") if isinstance(quantised, dict) else quantised
     if not isinstance(method, str) or method not in ("packfmt", *exporters.METHODS):
@@ -107,24 +119,9 @@ def plan_for(model: Checkpoint, target: Path, recipe: Recipe, container: str = "
     plan = make_plan(str(model.path), model.index, recipe, holder, codecs.get)
     if why_not := holder.extras_refusal(model.extras):
         raise PlanError(f"{model.path}: {why_not}")
-    if recipe.lossless:
-        _survey(plan, model, memory)
+    if recipe.lossless and survey_now:
+        survey(plan, model, memory_for(plan, memory))
     return plan
-
-
-def _survey(plan: Plan, model: Checkpoint, memory: int) -> None:
-    """Carry out every step that must lose nothing, and throw the result away.
-
-    Raises
-    ------
-    PlanError
-        With a line for each tensor that would lose something.
-    """
-    which = [at for at, step in enumerate(plan.steps) if step.lossless or step.action == "repack"]
-    lines = [str(error) for error in refused(plan, model, which, memory_for(plan, memory))]
-    if lines:
-        more = [f"and {len(lines) - MOST_LINES} tensors more"] if len(lines) > MOST_LINES else []
-        raise PlanError("\n".join(["--lossless: refused", *lines[:MOST_LINES], *more]))
 
 
 def saved_plan(path: Path, model: Checkpoint, target: Path, container: str = "") -> Plan:
@@ -132,7 +129,8 @@ def saved_plan(path: Path, model: Checkpoint, target: Path, container: str = "")
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise PlanError(f"{path}: not a saved plan: {error}") from error
+        how = "packfmt plan SRC --to LAYOUT --json writes one"
+        raise PlanError(f"{path}: not a saved plan: {error}; {how}") from error
     if not container and isinstance(data, dict) and data.get("container") in exporters.FOLDERS:
         container = data["container"]
     try:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from packfmt import checkpoint, exporters
 from packfmt.checkpoint import Checkpoint
-from packfmt.codec import dense_dtype
-from packfmt.conversion.steps import least_held
+from packfmt.codec import dense_dtype, matrix
+from packfmt.conversion.steps import least_held, rows_at_once
 from packfmt.errors import ContainerError, MachineError, PlanError
 from packfmt.exporters.whole import partial_of
 from packfmt.plan import Plan
@@ -27,17 +27,22 @@ def memory_for(plan: Plan, asked: int = 0) -> int:
     Raises
     ------
     PlanError
-        If a tensor that must be seen whole needs more than was asked for, or than the machine has.
+        If the rows of a tensor that must be seen together need more than was asked for, or than the machine has.
     """
-    need, name = max(((least_held(step), step.name) for step in plan.steps), default=(0, ""))
-    machine = of_machine()
+    largest = max(plan.steps, key=least_held, default=None)
+    need, machine = least_held(largest) if largest else 0, of_machine()
     most = asked or machine
-    if need > most:
-        why = "--memory" if asked else "the machine's"
-        raise PlanError(
-            f"{name}: {need:,} bytes are needed at once, {why} {most:,} are fewer; its layout or encoder must see many "
-            "rows together: choose another with --map, or more memory"
-        )
+    if largest and need > most:
+        whose = "--memory" if asked else "the machine's"
+        more = f"say --memory {need}" if asked else "take a machine with more memory"
+        count, rows = rows_at_once(largest), matrix(largest.shape)[0]
+        if 0 < count < rows:
+            few = f", even for {count} rows, as few as its layout allows" if count > 1 else ", even for one row"
+        else:
+            few = f", for its layout or encoder ({largest.layout.name}) must see all rows together"
+            more += ", or choose another with --map"
+        needed = f"{need:,} bytes are needed at once, {whose} {most:,} are fewer"
+        raise PlanError(f"{largest.name}: {needed}{few}; {more}")
     return asked or max(machine // 4, need)
 
 
@@ -79,15 +84,36 @@ def may_write(plan: Plan, model: Checkpoint, target: Path, force: bool) -> None:
     folder = target.absolute().parent
     if not folder.is_dir():
         raise PlanError(f"{folder}: no such folder; make it first")
-    if not os.access(folder, os.W_OK):
-        raise MachineError(f"{folder}: may not be written")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise MachineError(f"{folder}: may not be written; change its permissions, or choose another place")
     # what an earlier run wrote is counted twice otherwise
     partial = partial_of(target)
     written = [partial, *partial.rglob("*"), *folder.glob(f"{glob.escape(partial.name)}.stream.*")]
     free = shutil.disk_usage(folder).free + sum(_allocated(path) for path in written)
-    need = plan.nbytes + sum(f.stat().st_size for f in model.extras.files.values()) + SPARE
+    need = plan.nbytes + (0 if one_file else side_files(model)) + SPARE
     if need > free:
-        raise MachineError(f"{folder}: {free:,} bytes free, this conversion needs {need:,}")
+        room = "make room, or choose another place"
+        raise MachineError(f"{folder}: {free:,} bytes free, this conversion needs {need:,}; {room}")
+
+
+def side_files(model: Checkpoint) -> int:
+    """Bytes of a model's side files.
+
+    Raises
+    ------
+    MachineError
+        If one cannot be read.
+    """
+    total = 0
+    for path in model.extras.files.values():
+        try:
+            with path.open("rb") as file:
+                file.read(1)
+                total += os.fstat(file.fileno()).st_size
+        except OSError as error:
+            what = f"a side file that cannot be read: {error.strerror}"
+            raise MachineError(f"{path}: {what}; mend or remove it") from error
+    return total
 
 
 def _allocated(path: Path) -> int:

@@ -1,9 +1,9 @@
 """What is done of a conversion, in a file beside the partial output, so that one that was stopped can go on.
 
-A journal is lines of JSON. The first says what is converted; if any of it has changed, the rest means nothing. The
-others say which rows of which tensor are in the output, which tensors are whole, with their checksums, and at the end
-which file or folder gets the output's name. A line is written when what it says has been synced: after a power
-failure, too, all of it is true. A line that is damaged, and all after it, count as not written.
+A journal is lines of JSON. The first has the digest of what is converted (`record`); if any of that has changed, the
+rest means nothing. The others say which rows of which tensor are in the output, which tensors are whole, with their
+checksums, and at the end which file or folder gets the output's name. A line is written when what it says has been
+synced: after a power failure, too, all of it is true. A line that is damaged, and all after it, count as not written.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packfmt.errors import ContainerError, MachineError, PlanError
+from packfmt.conversion import record
+from packfmt.errors import ContainerError, MachineError
 from packfmt.exporters.whole import partial_of
 
 JOURNAL = ".journal"
@@ -25,13 +27,13 @@ JOURNAL = ".journal"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Which part of a plan: the `number`-th of `count`, from 1."""
+    """Which part of a plan: the `number`-th of `count`, from 1; or, where `count` is 0, all of it, by nobody else."""
 
     number: int = 1
-    count: int = 1
+    count: int = 0
 
     def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
+        return f"{self.number}/{self.count}" if self.count else "all"
 
 
 ALONE = Task()
@@ -50,7 +52,7 @@ class Done:
 class Told:
     """What a journal says.
 
-    begin : what is converted; empty if not even that was written
+    begin : the digest of what is converted, from which source, and the task; empty if not even that was written
     done : of each step
     output : the number, on its disk, of the file or folder that is whole and gets the name; 0: none is yet
     length : bytes of the lines that count
@@ -69,7 +71,7 @@ class Told:
 def path_of(target: Path, task: Task = ALONE) -> Path:
     """Where the journal of a task is."""
     partial = partial_of(target)
-    which = "" if task.count == 1 else f".{task.number}of{task.count}"
+    which = "" if not task.count else f".{task.number}of{task.count}"
     return partial.with_name(partial.name + JOURNAL + which)
 
 
@@ -78,10 +80,19 @@ def all_of(target: Path) -> dict[Path, Told]:
     return {path: told for path in paths(target) if (told := read(path)).begin}
 
 
+def begun(target: Path) -> dict[Path, Told]:
+    """As `all_of`, but only what they begin with: they may be many, and long."""
+    return {path: told for path in paths(target) if (told := read(path, lines=1)).begin}
+
+
 def remove(target: Path, last: Path | None = None) -> None:
-    """Delete the journals of an output, `last` after the others."""
-    for path in sorted(paths(target), key=lambda path: path == last):
-        path.unlink(missing_ok=True)
+    """Delete the journals of an output and what is converted, and `last` after all others."""
+    for path in paths(target):
+        if path != last:
+            path.unlink(missing_ok=True)
+    record.remove(target)
+    if last:
+        last.unlink(missing_ok=True)
 
 
 def paths(target: Path) -> list[Path]:
@@ -96,14 +107,12 @@ class Journal:
     Parameters
     ----------
     path : of `path_of`
-    begin : what is converted, plain data
+    begin : its first line, if it has none yet
     resume : there may be one
     patience : seconds to wait for another process to close it
 
     Raises
     ------
-    PlanError
-        If it is of another conversion; what has changed is said.
     ContainerError
         If there is one and it is not asked to go on with it, or it is no journal.
     MachineError
@@ -119,9 +128,7 @@ class Journal:
             told = _understood(path, self._file.read(), Told())
             if told.begin and not resume:
                 raise left(path)
-            if told.begin and (what := changed(told.begin, begin)):
-                raise PlanError(f"{path}: cannot go on: {what}; do as before, or remove {_partial(path)}*")
-            self.begin, self.done, self._length = told.begin or plain(begin), told.done, told.length
+            self.begin, self.done, self._length = told.begin or begin, told.done, told.length
             self._file.truncate(self._length)
             if not told.begin:
                 self._append([begin])
@@ -167,8 +174,11 @@ class Journal:
         self._length += len(text)
 
 
-def read(path: Path, told: Told | None = None) -> Told:
-    """What a journal says; nothing if it is gone. `told`: what it said before, to which only what is new is added.
+def read(path: Path, told: Told | None = None, lines: int = 0) -> Told:
+    """What a journal says; nothing if it is gone.
+
+    told : what it said before, to which only what is new is added
+    lines : only so many; 0: all
 
     Raises
     ------
@@ -179,31 +189,14 @@ def read(path: Path, told: Told | None = None) -> Told:
     try:
         with path.open("rb") as file:
             file.seek(told.length)
-            return _understood(path, file.read(), told)
+            return _understood(path, b"".join(file.readline() for _ in range(lines)) if lines else file.read(), told)
     except FileNotFoundError:
         return told
 
 
-def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first thing that two records differ in, in words; empty if there is none."""
-    now = plain(now)
-    if was == now:  # looking for what differs takes seconds, in a plan of 60,000 tensors
-        return ""
-    a, b = dict(_flat(was)), dict(_flat(now))
-    for key in dict.fromkeys((*a, *b)):
-        if a.get(key) != b.get(key):
-            return f"{key.removeprefix('conversion: ')} was {_short(a.get(key))}, now {_short(b.get(key))}"
-    return ""
-
-
-def plain(record: Mapping[str, Any]) -> Any:
-    """A record as it is when it has been in a journal."""
-    return json.loads(json.dumps(record))
-
-
 def tasks_of(begin: Mapping[str, Any]) -> int:
-    """How many tasks a conversion was divided into."""
-    return int(begin["task"].partition("/")[2])
+    """How many tasks a conversion was divided into; 0: it was not."""
+    return int(begin["task"].partition("/")[2] or 0)
 
 
 def left(path: Path) -> ContainerError:
@@ -211,24 +204,25 @@ def left(path: Path) -> ContainerError:
     if not path.name.endswith(JOURNAL):  # what others have done lies there, too
         return ContainerError(f"{path}: this task was begun already; --resume goes on with it, if it is not done")
     return ContainerError(
-        f"{path}: a conversion to here was stopped; --resume goes on with it, or remove {_partial(path)}*"
+        f"{path}: a conversion to here was stopped; --resume goes on with it, or begin anew after {forgetting(path)}"
     )
 
 
-def _partial(path: Path) -> str:
-    return path.name.partition(JOURNAL)[0]
+def forgetting(path: Path) -> str:
+    """The command that removes what is left of a conversion. `path`: its partial output, or one of its journals."""
+    return f"rm -r {shlex.quote(str(path.with_name(path.name.partition(JOURNAL)[0])))}*"
 
 
 def _understood(path: Path, text: bytes, told: Told) -> Told:
     for line in text.split(b"\n")[:-1]:  # the last line may have been cut off
         try:
-            record = json.loads(line)
+            said = json.loads(line)
             if not told.begin:
-                told.begin = dict(record["conversion"]) and record
-            elif "output" in record:
-                told.output = int(record["output"])
+                told.begin = _begin(said)
+            elif "output" in said:
+                told.output = int(said["output"])
             else:
-                _note(told.done.setdefault(int(record["step"]), Done()), record)
+                _note(told.done.setdefault(int(said["step"]), Done()), said)
         except (ValueError, KeyError, TypeError) as error:
             if not told.begin:
                 raise ContainerError(f"{path}: no journal of a conversion: {error}") from error
@@ -237,29 +231,19 @@ def _understood(path: Path, text: bytes, told: Told) -> Told:
     return told
 
 
-def _note(done: Done, record: Mapping[str, Any]) -> None:
-    if "sums" in record:
-        done.sums = {str(k): str(v) for k, v in record["sums"].items()}
+def _note(done: Done, said: Mapping[str, Any]) -> None:
+    if "sums" in said:
+        done.sums = {str(k): str(v) for k, v in said["sums"].items()}
     else:
-        (start, stop), found = record["rows"], int(record["counted"])
+        (start, stop), found = said["rows"], int(said["counted"])
         done.rows.append((int(start), int(stop)))
         done.counted += found
 
 
-def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a record, each with the keys that lead there; what is in a list is called by its name."""
-    if isinstance(value, list) and value and all(isinstance(v, dict) and "name" in v for v in value):
-        value = {v["name"]: v for v in value}
-    if not isinstance(value, dict):
-        yield where, value
-        return
-    for key, inner in value.items():
-        yield from _flat(inner, f"{where}: {key}" if where else key)
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else value if isinstance(value, str) and value else json.dumps(value)
-    return text if len(text) < 100 else f"{text[:80]}..."
+def _begin(line: Any) -> dict[str, Any]:
+    if not isinstance(line["conversion"], str) or not isinstance(line["task"], str):
+        raise ValueError("its first line is another one's")
+    return {key: line[key] for key in ("conversion", "source", "task")}
 
 
 def _lock(handle: int, path: Path, patience: float) -> None:

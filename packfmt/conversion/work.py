@@ -136,6 +136,8 @@ class _Work:
         self.turns: Iterator[tuple[int, _Turn]] = iter(())
 
     def run(self, which: Iterable[int]) -> None:
+        which = list(which)
+        self._tell_before(which)
         self.turns = enumerate(itertools.chain.from_iterable(map(self._turns_of, which)))
         crew = [threading.Thread(target=self._worker, name="packfmt-work", daemon=True) for _ in range(self.workers)]
         try:
@@ -166,13 +168,11 @@ class _Work:
     def _jobs(self, at: int) -> Iterator[_Turn]:
         """What is left to do of a step: before its slices, what finds the peak that they need."""
         step = self.plan.steps[at]
-        done = self.done[at] = self.journal.done.get(at, Done()) if self.journal else Done()
-        for start, stop in done.rows:
-            self._tell(step, start, stop)
+        done = self.done[at]
         if done.sums is not None:
             return
         count, group = matrix(step.shape)[0], self.groups.get(at, (at,))
-        slices = [s for a, b in _missing(done.rows, count) for s in cut(at, step, self.room, a, b)]
+        slices = [s for a, b in _gaps(done.rows, count) for s in cut(at, step, self.room, a, b)]
         partly = bool(done.rows) or not all(s.whole for s in slices)
         wants = bool(step.encoder) and step.encoder in codecs.get(step.layout.name).shared
         if wants and at not in self.peaks and (len(group) > 1 or partly):
@@ -265,6 +265,15 @@ class _Work:
             where = "" if part.whole else f"in rows {part.start} to {part.stop - 1}, the first of them counted as 0: "
             raise LayoutError(f"{step.name}: {where}{error}{hint}") from error
 
+    def _tell_before(self, which: Iterable[int]) -> None:
+        """Take over what was done before, and tell of it at once: it says nothing of the speed."""
+        before = self.journal.done if self.journal else {}
+        self.done = {at: before.get(at, Done()) for at in which}
+        for at, done in self.done.items():
+            step = self.plan.steps[at]
+            if self.progress and done.rows:
+                self.progress(step.name, sum(bytes_of_rows(step, *rows) for rows in done.rows))
+
     def _tell(self, step: Step, start: int, stop: int) -> None:
         if self.progress:
             with self.lock:
@@ -332,7 +341,7 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def _missing(rows: Iterable[tuple[int, int]], count: int) -> Iterator[tuple[int, int]]:
+def _gaps(rows: Iterable[tuple[int, int]], count: int) -> Iterator[tuple[int, int]]:
     """The ranges of 0 to count that these do not cover; of no rows at all, all (none) of them."""
     at = 0
     for start, stop in sorted(rows):
