@@ -204,6 +204,8 @@ def container_of(path: Path) -> str:
                 "save the model as safetensors first", "PF100",
             )  # fmt: skip
         raise ContainerError(f"{path}: no safetensors or GGUF file in this folder", "PF100")
+    if not path.is_file():  # to open a pipe would wait for who writes to it
+        raise ContainerError(f"{path}: neither a file nor a folder; save it as a file first", "PF100")
     with path.open("rb") as file:
         start = file.read(4)
     for name, suffix in exporters.SUFFIXES.items():
@@ -211,7 +213,9 @@ def container_of(path: Path) -> str:
             return name
     if start == b"GGUF":
         return "gguf"
-    raise ContainerError(f"{path}: neither .safetensors nor .gguf", "PF100")
+    raise ContainerError(
+        f"{path}: neither .safetensors nor .gguf; name such a file, or the folder that holds the model", "PF100"
+    )
 
 
 def foreign_layout(container: str, kind: str) -> Layout | None:

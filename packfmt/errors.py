@@ -10,6 +10,21 @@ PackfmtError (ValueError)
 
 from __future__ import annotations
 
+import errno
+
+TRUNCATED = "truncated; fetch or make it again"
+WAYS = {  # what the system could not do -> in words, and what to do
+    errno.ENOSPC: "the disk is full; make room",
+    errno.EDQUOT: "the disk quota is used up; make room",
+    errno.EROFS: "on a file system that cannot be written; choose another place",
+    errno.EACCES: "permission denied; change who may read and write there",
+    errno.EPERM: "not permitted; change who may read and write there, or choose another place",
+    errno.EIO: "input/output error of the disk or network; try again, or copy it elsewhere",
+    errno.ESTALE: "the network's file system has lost it; try again",
+    errno.EMFILE: "too many open files; raise ulimit -n",
+    errno.ENFILE: "too many open files on this machine; close some",
+}
+
 
 class PackfmtError(ValueError):
     """Base class, so that callers can catch one thing."""
@@ -40,3 +55,8 @@ class MismatchError(PackfmtError):
 
 class MachineError(PackfmtError):
     """The machine lacks what the work needs: disk, permission, an optional package."""
+
+
+def why(error: OSError) -> str:
+    """What the system could not do, in words, and what to do."""
+    return WAYS.get(error.errno or 0) or error.strerror or str(error)

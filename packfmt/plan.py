@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -199,8 +200,7 @@ def make_plan(
         rule matches nothing, or nothing at all would be packed.
     """
     rules = [_rule(pattern, to) for pattern, to in recipe.overrides]
-    names = {recipe.to, recipe.fallback, *(to for _, to in rules)} - {KEEP, DENSE_AGAIN, ""}
-    shelf = {name: codecs(name) for name in sorted(names)}
+    shelf = _shelf(recipe, codecs)
     if recipe.encoder and recipe.to in shelf and recipe.encoder not in shelf[recipe.to].encoders:
         have = ", ".join(shelf[recipe.to].encoders)
         raise PlanError(f"{recipe.to} has no encoder {recipe.encoder!r}; there are {have}")
@@ -238,6 +238,28 @@ def _census(steps: list[Step]) -> str:
     )
 
 
+def _shelf(recipe: Recipe, codecs: Callable[[str], Codec]) -> dict[str, Codec]:
+    """The layouts that a recipe names.
+
+    Raises
+    ------
+    PlanError
+        If there is no such layout; which rule names it is said.
+    """
+    asked = {f"--map '{pattern}={to}': ": to for pattern, to in recipe.overrides}
+    found: dict[str, Codec] = {}
+    for where, name in {"": recipe.to, "--fallback: ": recipe.fallback, **asked}.items():
+        if name in (KEEP, DENSE_AGAIN, "", *found):
+            continue
+        try:
+            found[name] = codecs(name)
+        except PlanError as error:
+            if get_close_matches(name.lower(), [KEEP]):
+                raise PlanError(f"{where}no format is called {name!r}; did you mean {KEEP}?") from error
+            raise PlanError(f"{where}{error}") from error
+    return found
+
+
 def _rule(pattern: str, to: str) -> tuple[re.Pattern[str], str]:
     try:
         return re.compile(pattern), to
@@ -264,6 +286,10 @@ def _step(
         have, noun, need = misfit
         if not recipe.fallback:
             raise PlanError(f"{have} {noun}, {target} needs {need}; choose with --fallback LAYOUT or --map")
+        other = None if recipe.fallback in (KEEP, DENSE_AGAIN) else _misfit(shelf[recipe.fallback], info.shape)
+        if other:
+            neither = f"{have} {noun}, {target} needs {need}; {other[0]} {other[1]}, {recipe.fallback} {other[2]}"
+            raise PlanError(f"{neither}; choose another --fallback, such as keep, or --map")
         target, reason = recipe.fallback, f"--fallback, as {have} {noun} do not fill {target}"
     layout = _layout(info, target, shelf)
     layout.fit(*matrix(info.shape))  # the fallback may not fit either
@@ -438,6 +464,8 @@ def from_json(data: Any, index: Mapping[str, TensorInfo], container: Holder, cod
         If a step names no tensor of the source or no known layout, if the tensor's shape or layout is
         not what the plan says, or a layout's name has come to mean other bytes.
     """
+    if not isinstance(data, dict) or not isinstance(data.get("steps"), list):
+        raise PlanError("not a saved plan: has no list of steps; packfmt plan SRC --to LAYOUT --json writes one")
     try:
         if data["version"] != VERSION:
             raise PlanError(f"a plan of version {data['version']!r}, this packfmt replays {VERSION}")
@@ -452,7 +480,8 @@ def from_json(data: Any, index: Mapping[str, TensorInfo], container: Holder, cod
             raise PlanError(why_not)
         return Plan(str(data["source"]), container.NAME, steps)
     except (KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"not a saved plan: {type(error).__name__} {error}") from error
+        what = f"{error} is missing" if isinstance(error, KeyError) else "a step is not as packfmt plan --json has it"
+        raise PlanError(f"not a saved plan: {what}") from error
 
 
 def _check_files(steps: tuple[Step, ...], container: str) -> None:

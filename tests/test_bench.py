@@ -315,9 +315,9 @@ def test_peers_that_are_missing_for_one_reason_share_a_line(capsys: pytest.Captu
             )
         ),
         (("--shape",), "Option '--shape' requires an argument"),
-        (("--footprint", "much"), "Invalid value for --footprint: 'much' is not a size such as 2GB or 500MB"),
-        (("--footprint", "0"), "Invalid value for --footprint: '0' is not a size such as 2GB or 500MB"),
-        (("--footprint", "0.1"), "Invalid value for --footprint: '0.1' is not a size such as 2GB or 500MB"),
+        (("--footprint", "much"), "Invalid value for --footprint: 'much' is not a size such as 5GB, 500MB or 1GiB"),
+        (("--footprint", "0"), "Invalid value for --footprint: '0' is not a size such as 5GB, 500MB or 1GiB"),
+        (("--footprint", "0.1"), "Invalid value for --footprint: '0.1' is not a size such as 5GB, 500MB or 1GiB"),
         (("--warm", "--footprint", "1GB"), "give one of --warm and --footprint"),
         (
             ("--peer", "mkl"),

@@ -58,7 +58,7 @@ GOOD = built([pair("k", "STRING", text("v"))], [entry()])
 ALIGNMENT = "general.alignment"
 
 DAMAGED = {
-    "empty": (b"", "PF100", "begins with b''"),
+    "empty": (b"", "PF100", "is empty, a GGUF begins with"),
     "another kind of file": (b"PK\3\4" + bytes(60), "PF100", "begins with"),
     "a pointer": (LFS_POINTER, "PF100", "Git LFS pointer"),
     "version 1": (GOOD.replace(b"GGUF\3", b"GGUF\1"), "PF100", "version 1, needs 2 or 3"),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from packfmt import checkpoint, codecs, conversion
 from packfmt.codec import PackedTensor, matrix
 from packfmt.errors import ContainerError, PlanError
-from packfmt.exporters import gguf
+from packfmt.exporters import gguf, gguf_source
 from packfmt.layout import DENSE
 from packfmt.plan import Recipe, Step
 from tests.gguf_tensors import foreign, plan_of, tensor_of, write
@@ -478,7 +478,7 @@ def test_scales_that_are_not_in_the_file_are_not_read(tmp_path: Path) -> None:
 
 
 def test_more_scales_than_are_looked_at_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "MOST_EXPERTS", 2)
+    monkeypatch.setattr(gguf_source, "MOST_EXPERTS", 2)
     path = made_by_gguf(tmp_path / "m.gguf", a=(packed(STACK), np.array(OWN, F32)))
     with checkpoint.open(path) as model:
         assert model.index["a.weight"].why == "and a.scale beside it has 3 scales, of which at most 2 are read"

@@ -292,7 +292,7 @@ def test_after_a_request_to_terminate_the_conversion_goes_on(tmp_path: Path) -> 
         time.sleep(0.01)
     process.terminate()
     said = process.communicate(timeout=60)[1]
-    told = "packfmt: interrupted; what is done lies in out.partial, --resume goes on\n"
+    told = f"packfmt: interrupted; what is done lies in {tmp_path / 'out.partial'}, --resume goes on\n"
     assert (process.returncode, said) == (130, told)
     assert not (tmp_path / "out").exists()
     subprocess.run([*words, "--resume"], check=True, capture_output=True, timeout=300)

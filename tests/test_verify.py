@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from packfmt import checkpoint, codecs, exporters, verify
 from packfmt.codec import PackedTensor
@@ -25,6 +27,15 @@ def test_a_broken_file_is_told_by_its_rule(name: str) -> None:
     found = verify.validate(BAD / name)
     assert [f.rule for f in found] == [CASES[name]["rule"]]
     assert "\n" not in found[0].message and found[0].where.startswith(str(BAD / name))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7F81, 0xFF80])
+def test_numbers_that_are_none_are_findings_and_no_warnings(tmp_path: Path, bits: int) -> None:
+    values = np.array([[0, bits, 0x3F80]], np.uint16).view(ml_dtypes.bfloat16)
+    save_file({"a": values}, tmp_path / "a.safetensors")
+    (found,) = verify.validate(tmp_path / "a.safetensors")
+    assert (found.rule, found.message) == ("PF122", "1 of 3 numbers are not finite")
 
 
 def test_every_rule_has_a_case() -> None:
@@ -62,10 +73,13 @@ def test_the_error_is_relative_to_the_first_in_float64() -> None:
 
 def test_errors_of_many_strips_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (np.arange(n, n + 1000, dtype=np.float32) for n in (0, 3))
-    whole = verify.errors(a, b)
-    assert whole[1] == 3 and whole[0] == pytest.approx(np.sqrt(9000 / (a.astype(np.float64) ** 2).sum()), rel=1e-14)
+    whole, strips = verify.Apart(), verify.Apart()
+    whole.add(a, b)
+    assert whole.largest == 3
+    assert whole.relative == pytest.approx(np.sqrt(9000 / (a.astype(np.float64) ** 2).sum()), rel=1e-14)
     monkeypatch.setattr(verify, "STRIP", 7)
-    assert verify.errors(a, b) == whole  # sums of small whole numbers do not round
+    strips.add(a, b)
+    assert strips == whole  # sums of small whole numbers do not round
 
 
 def test_the_same_values_in_another_layout_are_the_same_values() -> None:

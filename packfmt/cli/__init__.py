@@ -41,7 +41,7 @@ def run(arguments: list[str] | None = None) -> int:
     from typer.exceptions import Abort, TyperException
 
     from packfmt.cli.options import app
-    from packfmt.errors import MismatchError, PackfmtError, PlanError
+    from packfmt.errors import MismatchError, PackfmtError, PlanError, why
 
     for room in ("making", "reading", "benching"):  # each adds its commands to the application
         import_module(f"packfmt.cli.{room}")
@@ -65,7 +65,7 @@ def run(arguments: list[str] | None = None) -> int:
     except PackfmtError as error:
         return _say(str(error), FAILED)
     except OSError as error:
-        return _say(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), FAILED)
+        return _say(f"{error.filename or ''}: {why(error)}".lstrip(": "), FAILED)
     except MemoryError:
         return _say(
             "out of memory; packfmt plan says how much a conversion holds at once; measure smaller shapes or batches",

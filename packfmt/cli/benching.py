@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from packfmt.cli import GOOD
-from packfmt.cli.options import Json, app
+from packfmt.cli.options import Json, app, size_of
 
 if TYPE_CHECKING:
     from packfmt.bench.report import Row, Wanted
@@ -55,9 +55,11 @@ def bench(
     ] = 0.5,
     warm: Annotated[bool, typer.Option("--warm", help="one copy of the weights, which a cache may hold")] = False,
     footprint: Annotated[
-        str,
-        typer.Option(metavar="SIZE", help="copies of each one's weights that take turns; default: more than any cache"),
-    ] = "",
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="copies of each one's weights that take turns: 2GB; default: more than any cache"
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="draw speed against bits per weight: a .png or .svg")
     ] = None,
@@ -66,7 +68,7 @@ def bench(
     """Measure products on this machine. Each layout's time and share of the memory's speed, beside installed peers."""
     from packfmt.bench import SHAPE, measure, report
 
-    if warm and footprint:
+    if warm and footprint is not None:
         raise typer.BadParameter("one copy has no footprint; give one of --warm and --footprint", param_hint="--warm")
     wanted = report.Wanted(
         list(dict.fromkeys(layouts or [])),
@@ -75,7 +77,7 @@ def bench(
         sorted(set(threads or measure.thread_counts())),
         _chosen(peers),
         seconds,
-        0 if warm else _bytes(footprint) if footprint else measure.footprint(),
+        0 if warm else size_of(footprint, "--footprint") or measure.footprint(),
     )
     if plot:
         from packfmt.bench import plot as drawing
@@ -117,15 +119,6 @@ def _shape(text: str) -> tuple[int, int]:
         needed = "two numbers above 0, such as 4096x4096"
         raise typer.BadParameter(f"{text!r} is not ROWSxCOLS, {needed}", param_hint="--shape")
     return rows, cols
-
-
-def _bytes(text: str) -> int:
-    """2GB, 500MB -> bytes; units are powers of 1000."""
-    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*([kMG]?)B?", text, re.ASCII)
-    nbytes = int(float(found[1]) * 1000 ** " kMG".index(found[2] or " ")) if found else 0
-    if not nbytes:
-        raise typer.BadParameter(f"{text!r} is not a size such as 2GB or 500MB", param_hint="--footprint")
-    return nbytes
 
 
 def _chosen(names: Sequence[str] | None) -> list[str]:

@@ -59,7 +59,7 @@ def convert(
     fallback: Fallback = "",
     encoder: Encoder = "",
     export: Export = "",
-    max_shard_size: Shard = "5GB",
+    max_shard_size: Shard = None,
     saved: Saved = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
     verify: Verify = False,
@@ -100,10 +100,11 @@ def convert(
     _check_ways({"--task": task, "--scheduler": scheduler, "--resume": resume}, dry_run, verify, tasks)
     room = size_of(memory, "--memory")
     with checkpoint.open(source, read_as=read_as_of(read_as), base=base or "") as model:
-        if saved and (maps or fallback or encoder or lossless):
+        if saved and (maps or fallback or encoder or lossless or max_shard_size):
             raise typer.BadParameter("a saved plan says all of it; edit the plan, or plan anew", param_hint="--plan")
-        recipe = _recipe(to, maps, fallback, encoder, max_shard_size, saved, lossless)
-        plan = _plan(model, target, recipe, export, saved, room)
+        most = _shard(max_shard_size, target, export)
+        recipe = _recipe(to, maps, fallback, encoder, most, saved, lossless)
+        plan = _plan(model, target, recipe, export, saved, room, survey_now=dry_run)
         if dry_run:
             return _show_plan(plan, model, room, target, json)
         costs = _importance(importance) if importance else {}
@@ -111,8 +112,9 @@ def convert(
         workers = nullcontext() if scheduler is None else cluster.executor(scheduler)
         with _stoppable(target, scheduler is not None), workers as executor, watch as done:
             report = work.run(
-                plan, model, target, check=verify, force=force, progress=done, importance=costs, memory=room,
-                resume=resume, task=part, executor=executor, tasks=tasks or TASKS,
+                plan, model, target, check=verify, force=force, progress=done, checking=done.checking,
+                survey_first=lossless, importance=costs, memory=room, resume=resume, task=part, executor=executor,
+                tasks=tasks or TASKS,
             )  # fmt: skip
         behind = list(model.extras.files) if target.is_file() else []
     if behind:
@@ -130,11 +132,14 @@ def merge(
     verify: Verify = False,
     force: Force = False,
     json: Json = False,
+    json_progress: JsonProgress = False,
 ) -> int:
     """Finish what tasks have made. When all parts of a conversion are done, DST appears, whole."""
     from packfmt import conversion as work
+    from packfmt.cli import show
 
-    report = work.merge(target, check=verify, force=force)
+    with show.progress(0, json or not verify, json_progress) as done:
+        report = work.merge(target, check=verify, force=force, checking=done.checking)
     _tell(report, verify, json)
     return GOOD
 
@@ -147,7 +152,7 @@ def plan(
     fallback: Fallback = "",
     encoder: Encoder = "",
     export: Export = "safetensors",
-    max_shard_size: Shard = "5GB",
+    max_shard_size: Shard = None,
     lossless: Lossless = False,
     read_as: ReadAs = None,
     base: Base = None,
@@ -159,7 +164,8 @@ def plan(
 
     room = size_of(memory, "--memory")
     with checkpoint.open(source, read_as=read_as_of(read_as), base=base or "") as model:
-        recipe = _recipe(to, maps, fallback, encoder, max_shard_size, None, lossless)
+        most = _shard(max_shard_size, Path("out"), export)
+        recipe = _recipe(to, maps, fallback, encoder, most, None, lossless)
         plan = _plan(model, Path("out"), recipe, export, None, room)
         return _show_plan(plan, model, room, None, json)
 
@@ -190,7 +196,8 @@ def decode(
         with _stoppable(target), watch as done:
             report = work.run(plan, model, target, force=force, progress=done, memory=room, resume=resume)
     _show_summary(plan)
-    print(f"{target}: {show.size(report.bytes)}, {report.seconds:.1f} s")
+    already = "whole already, " if report.already else ""
+    print(f"{target}: {already}{show.size(report.bytes)}, {report.seconds:.1f} s")
     return GOOD
 
 
@@ -243,20 +250,27 @@ def _demo_line(row: Row) -> tuple[str, ...]:
 
 
 def _importance(path: Path) -> dict[str, Array]:
-    """Costs by weight, from a file of tensors that bear the weights' names."""
+    """Costs by weight, from a file of tensors that bear the weights' names; dense ones are not read, but mapped."""
     from packfmt import checkpoint
-    from packfmt.verify import values
+    from packfmt.codec import dense_dtype, dense_values
 
+    found = {}
     with checkpoint.open(path) as costs:
-        return {name: values(costs[name]) for name in costs}
+        for name in costs:
+            costs.check(name)
+            tensor = costs.map(name)
+            found[name] = dense_values(tensor) if dense_dtype(tensor.layout) else tensor.decode()
+    return found
 
 
 def _recipe(
-    to: str, maps: list[str] | None, fallback: str, encoder: str, shard: str, saved: Path | None, lossless: bool
+    to: str, maps: list[str] | None, fallback: str, encoder: str, max_shard: int, saved: Path | None, lossless: bool
 ) -> Recipe:
     from packfmt.plan import Recipe
 
-    if bool(to) == bool(saved):
+    if to and saved:
+        raise typer.BadParameter("a saved plan says all of it; leave one of both out", param_hint="--to")
+    if not to and not saved:
         raise typer.BadParameter("say which layout; packfmt formats lists them", param_hint="--to LAYOUT")
     rules = []
     for rule in maps or []:
@@ -264,15 +278,34 @@ def _recipe(
         if not (pattern and equals and layout):
             raise typer.BadParameter(f"{rule!r} is not REGEX=LAYOUT", param_hint="--map")
         rules.append((pattern, layout))
-    return Recipe(to, tuple(rules), fallback, encoder, size_of(shard, "--max-shard-size"), lossless)
+    return Recipe(to, tuple(rules), fallback, encoder, max_shard, lossless)
 
 
-def _plan(model: Checkpoint, target: Path, recipe: Recipe, export: str, saved: Path | None, memory: int) -> Plan:
+def _shard(text: str | None, target: Path, export: str) -> int:
+    """Bytes of tensors a file of a folder, which one file has no use for."""
+    from packfmt.exporters import SUFFIXES
+    from packfmt.plan import MAX_SHARD
+
+    by_name = target.suffix.lower() in SUFFIXES.values()
+    if text is not None and (by_name or export.lower() == "gguf"):
+        what = f"{target.name if by_name else 'a GGUF'} is one file; leave it out, or let DST be a folder"
+        raise typer.BadParameter(what, param_hint="--max-shard-size")
+    return size_of(text, "--max-shard-size") or MAX_SHARD
+
+
+def _plan(
+    model: Checkpoint, target: Path, recipe: Recipe, export: str, saved: Path | None, memory: int,
+    survey_now: bool = True,
+) -> Plan:  # fmt: skip
     from packfmt import conversion as work
+    from packfmt.errors import PlanError
 
+    if saved and not saved.is_file():
+        what = "no file" if saved.exists() else "no such file"
+        raise PlanError(f"{saved}: {what}; packfmt plan SRC --to LAYOUT --json > FILE makes one")
     if saved:
         return work.saved_plan(saved, model, target, export)
-    return work.plan_for(model, target, recipe, export, memory)
+    return work.plan_for(model, target, recipe, export, memory, survey_now)
 
 
 def _part(text: str | None) -> Task:
@@ -312,14 +345,14 @@ def _stoppable(target: Path, elsewhere: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         partial = partial_of(target)
         when = ", when workers have ended the parts they have begun" if elsewhere else ""
-        left = f"interrupted; what is done lies in {partial.name}, --resume goes on{when}"
+        left = f"interrupted; what is done lies in {partial}, --resume goes on{when}"
         raise typer.Abort(left if partial.exists() or journal.paths(target) else "") from None
 
 
 def _bytes_to_read(plan: Plan, part: Task | None = None) -> int:
     from packfmt.codec import matrix
     from packfmt.conversion import Task
-    from packfmt.conversion.running import share
+    from packfmt.conversion.tasks import share
 
     steps = [plan.steps[at] for at in share(plan, part or Task())]
     return sum(s.before.nbytes(*matrix(s.shape)) for s in steps)
@@ -371,7 +404,7 @@ def _needs(plan: Plan, model: Checkpoint, memory: int, target: Path | None) -> _
     from packfmt.conversion import admission, steps
 
     output = exporters.get(plan.container).lay(target or Path("out"), plan, model.extras)
-    carried = 0 if output.one_file else sum(f.stat().st_size for f in model.extras.files.values())
+    carried = 0 if output.one_file else admission.side_files(model)
     place = target.absolute().parent if target else None
     free = shutil.disk_usage(place).free if place and place.is_dir() else None
     least = max((steps.least_held(step) for step in plan.steps), default=0)
@@ -405,13 +438,18 @@ def _tell(report: Report, verify: bool, json: bool, part: Task | None = None) ->
     """Print what a conversion, or a part of it, has done."""
     from packfmt.cli import show
 
-    task = str(part) if part and part.count > 1 else ""
+    task = str(part) if part and part.count else ""
     if json:
         sizes = {"source_bytes": report.source_bytes, "bytes": report.bytes, "seconds": round(report.seconds, 3)}
-        more = {"verified": verify, "remarks": report.remarks, "plan": report.plan.to_json()}
+        plan = report.plan and report.plan.to_json()
+        more = {"already": report.already, "verified": verify, "remarks": report.remarks, "plan": plan}
         show.as_json({"path": str(report.path), **({"task": task} if task else {}), **sizes, **more})
         return
-    if not task:
+    checked = ", verified" if verify else ""
+    if report.already:
+        print(f"{report.path}: whole already, {show.size(report.bytes)}{checked}")
+        return
+    if report.plan and not task:
         _show_summary(report.plan)
     for remark in report.remarks[:MOST_REMARKS]:
         print(remark)
@@ -420,7 +458,6 @@ def _tell(report: Report, verify: bool, json: bool, part: Task | None = None) ->
     if task:
         print(f"task {task} is done, {report.seconds:.1f} s; when all are: packfmt merge {report.path}")
         return
-    checked = ", verified" if verify else ""
     size = f"{show.size(report.bytes)}, {_ratio(report.source_bytes, report.bytes)}"
     print(f"{report.path}: {size}, {report.seconds:.1f} s{checked}")
 

@@ -9,6 +9,14 @@ from typing import Annotated
 
 import typer
 
+
+def path_of(text: str) -> Path:
+    """A path that a user named; an empty one, of a variable that is not set, would be the folder one is in."""
+    if not text:
+        raise typer.BadParameter("is empty; name a file or folder")
+    return Path(text)
+
+
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
@@ -16,10 +24,16 @@ app = typer.Typer(
 )
 
 Source = Annotated[
-    Path, typer.Argument(metavar="SRC", help="a Hugging Face folder, a .safetensors or a .gguf", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="SRC", help="a Hugging Face folder, a .safetensors or a .gguf", show_default=False, parser=path_of
+    ),
 ]
 Target = Annotated[
-    Path, typer.Argument(metavar="DST", help="a new folder; or a .safetensors or .gguf file", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="DST", help="a new folder; or a .safetensors or .gguf file", show_default=False, parser=path_of
+    ),
 ]
 To = Annotated[str, typer.Option("--to", metavar="LAYOUT", help="layout of the weights, or keep; see packfmt formats")]
 Maps = Annotated[
@@ -42,7 +56,10 @@ Export = Annotated[
         "--export", metavar="CONTAINER", help="what DST is for: safetensors, gguf, compressed-tensors, modelopt ..."
     ),
 ]
-Shard = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="largest file of a folder: 5GB, 500MB")]
+Shard = Annotated[
+    str | None,
+    typer.Option("--max-shard-size", metavar="SIZE", help="largest file of a folder: 500MB, 10GB; default: 5GB"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 Force = Annotated[bool, typer.Option("--force", help="replace DST if it exists")]
 Saved = Annotated[
@@ -89,14 +106,17 @@ def read_as_of(pairs: list[str] | None) -> dict[str, str]:
 
 
 def size_of(text: str | None, option: str) -> int:
-    """5GB, 1.5GiB, 2_000_000 -> bytes; GB are powers of 1000, as Hugging Face counts, GiB of 1024. 0 of None."""
+    """5GB, 1.5GiB, 500m, 2_000_000 -> bytes; 0 of None.
+
+    GB are powers of 1000, as Hugging Face counts, GiB of 1024; capitals make no difference.
+    """
     if text is None:
         return 0
-    found = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*(?:([kKMGT])(i?))?B?", text.strip(), re.ASCII)
+    found = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*(?:([kmgt])(i?))?b?", text.strip().lower(), re.ASCII)
     nbytes = 0
     if found:
         number, unit, binary = found.groups()
-        nbytes = int(Decimal(number) * (1024 if binary else 1000) ** " KMGT".index((unit or " ").upper()))
+        nbytes = int(Decimal(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
     if not nbytes:
         raise typer.BadParameter(f"{text!r} is not a size such as 5GB, 500MB or 1GiB", param_hint=option)
     return nbytes

@@ -6,14 +6,13 @@ Heavy modules are imported inside the commands: --help answers before NumPy woul
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from packfmt.cli import FAILED, FOUND, GOOD
-from packfmt.cli.options import Base, Json, ReadAs, Source, app, read_as_of
+from packfmt.cli.options import Base, Json, ReadAs, Source, app, path_of, read_as_of
 
 
 def _containers(names: list[str]) -> str:
@@ -128,7 +127,9 @@ def inspect(source: Source, read_as: ReadAs = None, base: Base = None, json: Jso
 
 @app.command()
 def validate(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="files or folders", show_default=False)],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="files or folders", show_default=False, parser=path_of)
+    ],
     level: Annotated[str, typer.Option(help="how deep: header, structure or data")] = "data",
     read_as: ReadAs = None,
     base: Base = None,
@@ -137,17 +138,19 @@ def validate(
     """Check files against their own description. Headers, sizes, checksums, scales that are no numbers."""
     from packfmt import verify as laws
     from packfmt.cli import show
-    from packfmt.errors import ContainerError
+    from packfmt.errors import ContainerError, why
 
     if level not in laws.LEVELS:
         raise typer.BadParameter(f"{level!r} is not one of {', '.join(laws.LEVELS)}", param_hint="--level")
     found, missing = {}, []
     for path in paths:
         try:
-            watched = partial(show.watched, quiet=json)
-            found[path] = laws.validate(path, level, watched, read_as_of(read_as), base or "")
+            with show.progress(0, json) as done:
+                found[path] = laws.validate(path, level, done.checking, read_as_of(read_as), base or "")
         except ContainerError as error:  # the others are told all the same
             missing.append(str(error))
+        except OSError as error:
+            missing.append(f"{error.filename or path}: {why(error)}")
     if json:
         show.as_json(
             [{"path": str(p), "level": level, "findings": [f.to_json() for f in fs]} for p, fs in found.items()]
@@ -187,16 +190,18 @@ def verify(
         kinds = read_as_of(read_as)
         model = stack.enter_context(checkpoint.open(source, read_as=kinds, base=base or against or ""))
         origin = stack.enter_context(checkpoint.open(against)) if against else None
-        for name in show.watched(model, quiet=json):
-            tensor = model[name]
-            broken, error = laws.laws(tensor, with_products=True), None
+        told = laws.told_of(model, stack.enter_context(show.progress(0, json)).checking)
+        for name in model:
+            info = model.index[name]
+            broken, error = laws.broken(model, name, with_products=True, told=told), None
             if origin is not None and name not in origin.index:
                 broken.append(f"not in {against}")
-            elif origin is not None and origin.index[name].shape != tensor.shape:
+            elif origin is not None and origin.index[name].shape != info.shape:
                 broken.append(f"in {against} its shape is {list(origin.index[name].shape)}")
             elif origin is not None:
-                error = laws.difference(name, origin[name], tensor).relative_rms
-            rows.append({"name": name, "layout": tensor.layout.name, "broken": broken, "relative_rms": error})
+                error = laws.between(origin, model, name).relative_rms
+            layout = info.layout.name if info.layout else info.kind
+            rows.append({"name": name, "layout": layout, "broken": broken, "relative_rms": error})
     bad = [r for r in rows if r["broken"]]
     if json:
         show.as_json({"path": str(source), "against": str(against) if against else None, "tensors": rows})
@@ -218,8 +223,8 @@ def verify(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", show_default=False)],
-    b: Annotated[Path, typer.Argument(metavar="B", show_default=False)],
+    a: Annotated[Path, typer.Argument(metavar="A", help="a model", show_default=False, parser=path_of)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="another one", show_default=False, parser=path_of)],
     read_as: ReadAs = None,
     base: Base = None,
     json: Json = False,
@@ -230,8 +235,12 @@ def diff(
     from packfmt.cli import show
 
     kinds = read_as_of(read_as)  # of A, which B can tell by, if it is dense
-    with checkpoint.open(a, read_as=kinds, base=base or b) as left, checkpoint.open(b) as right:
-        rows = list(laws.compare(left, right, partial(show.watched, quiet=json)))
+    with (
+        checkpoint.open(a, read_as=kinds, base=base or b) as left,
+        checkpoint.open(b) as right,
+        show.progress(0, json) as done,
+    ):
+        rows = list(laws.compare(left, right, done.checking))
     apart = [r for r in rows if not r.same_values]
     if json:
         show.as_json({"a": str(a), "b": str(b), "tensors": [r.to_json() for r in rows]})

@@ -10,14 +10,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from packfmt.checkpoint import Checkpoint
+from typing import Any
 
 Done = Callable[[str, int], None]  # is told a tensor's name, and how many bytes of it have just been done
 WINDOW = 30.0  # seconds that a rate is measured over
-AT_ONCE = 0.2  # seconds
+AT_ONCE = 0.5  # seconds
+SAME = 0.05  # seconds in which what is told belongs together, as all that journals say at a look
+SAMPLES = 4  # without which nobody knows a rate
 
 
 def as_json(data: Any) -> None:
@@ -69,10 +68,13 @@ def shape(dims: tuple[int, ...]) -> str:
 
 
 class Meter:
-    """How many of so many bytes are done, and how fast. What is told at once was done by an earlier run."""
+    """How many of so many bytes are done, and how fast. What is told at once was done by an earlier run.
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.tensor = total, 0, ""
+    checking : whether bytes are read back, that were written before
+    """
+
+    def __init__(self, total: int, checking: bool = False) -> None:
+        self.total, self.done, self.tensor, self.checking = total, 0, "", checking
         self._begin = 0.0
         self._samples: deque[tuple[float, int]] = deque()  # time and bytes done, a second apart
 
@@ -81,17 +83,19 @@ class Meter:
         now = time.monotonic()
         self._begin = self._begin or now
         if now - self._begin < AT_ONCE:
-            self._samples = deque([(now, self.done)])
-        elif now - self._samples[-1][0] >= 1:
+            return
+        if self._samples and now - self._samples[-1][0] < SAME:
+            self._samples[-1] = (self._samples[-1][0], self.done)
+        elif not self._samples or now - self._samples[-1][0] >= 1:
             self._samples.append((now, self.done))
-            while now - self._samples[1][0] > WINDOW:
+            while len(self._samples) > SAMPLES and now - self._samples[1][0] > WINDOW:
                 self._samples.popleft()
 
     @property
-    def rate(self) -> float:
-        """Bytes a second, of late; 0 as long as nobody knows."""
-        if not self._samples:
-            return 0.0
+    def rate(self) -> float | None:
+        """Bytes a second, of late; None as long as nobody knows."""
+        if len(self._samples) < SAMPLES:
+            return None
         then, before = self._samples[0]
         return (self.done - before) / max(time.monotonic() - then, 1e-3)
 
@@ -99,73 +103,87 @@ class Meter:
     def left(self) -> float | None:
         """Seconds that the rest will take; None as long as nobody knows."""
         rest = self.total - self.done
-        return rest / rate if (rate := self.rate) else None if rest else 0.0
+        return 0.0 if not rest else rest / rate if (rate := self.rate) else None
 
     def __str__(self) -> str:
-        known = "" if self.left is None else f"{size(self.rate)}/s  {duration(self.left)} left  "
-        return f"{size(self.done)} of {size(self.total)}  {known}{self.tensor}"
+        known = "" if self.rate is None else f"{size(self.rate)}/s  "
+        known += "" if self.left is None else f"{duration(self.left)} left  "
+        what = "checking  " if self.checking else ""
+        return f"{what}{size(self.done)} of {size(self.total)}  {known}{self.tensor}"
 
     def to_json(self) -> dict[str, Any]:
         left = None if self.left is None else round(self.left, 1)
-        rest = {"rate": round(self.rate), "seconds_left": left, "tensor": self.tensor}
+        rate = None if self.rate is None else round(self.rate)
+        rest = {"rate": rate, "seconds_left": left, "tensor": self.tensor, "checking": self.checking}
         return {"bytes": self.done, "total": self.total, **rest}
 
 
+class Watch:
+    """Is told what is done, and shows it."""
+
+    def __init__(self, total: int) -> None:
+        self.meter = Meter(total)
+        self.show: Callable[[], None] = lambda: None
+
+    def __call__(self, tensor: str, nbytes: int) -> None:
+        self.meter.add(tensor, nbytes)
+        self.show()
+
+    def checking(self, total: int) -> Done:
+        """Begin anew, with so many bytes that are going to be read back."""
+        self.meter = Meter(total, checking=True)
+        return self
+
+
 @contextmanager
-def progress(total: int, quiet: bool = False, as_lines_of_json: bool = False) -> Iterator[Done]:
-    """Gives a function to call with a tensor's name and how many of `total` bytes have just been done.
+def progress(total: int, quiet: bool = False, as_lines_of_json: bool = False) -> Iterator[Watch]:
+    """Gives who is called with a tensor's name and how many of `total` bytes have just been done.
 
     A bar with bytes, rate, time left and tensor on a terminal; a plain line every few seconds elsewhere. Or, anywhere,
     a JSON object a line: one every second at most, and a last one.
     """
-    meter = Meter(total)
+    watch = Watch(total)
     if as_lines_of_json:
+        watch.show = _lines(1, lambda: json.dumps(watch.meter.to_json()))
         try:
-            yield _lines(meter, 1, lambda: json.dumps(meter.to_json()))
+            yield watch
         finally:
-            print(json.dumps(meter.to_json()), file=sys.stderr)
+            print(json.dumps(watch.meter.to_json()), file=sys.stderr)
     elif quiet:
-        yield lambda tensor, nbytes: None
+        yield watch
     elif sys.stderr.isatty():
-        with _bar(meter) as done:
-            yield done
+        with _bar(watch):
+            yield watch
     else:
-        yield _lines(meter, 5, lambda: f"{meter.done / max(1, total):4.0%}  {meter}")
-
-
-def watched(model: Checkpoint, quiet: bool = False) -> Iterator[str]:
-    """The names of a model's tensors, with progress shown as they are taken."""
-    sizes = {name: info.nbytes for name, info in model.index.items()}
-    with progress(sum(sizes.values()), quiet) as done:
-        for name in model:
-            yield name
-            done(name, sizes[name])
+        watch.show = _lines(5, lambda: f"{watch.meter.done / max(1, watch.meter.total):4.0%}  {watch.meter}")
+        yield watch
 
 
 @contextmanager
-def _bar(meter: Meter) -> Iterator[Done]:
+def _bar(watch: Watch) -> Iterator[None]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (BarColumn(20), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=meter.total)
+        task = bars.add_task("", total=watch.meter.total)
 
-        def done(tensor: str, nbytes: int) -> None:
-            meter.add(tensor, nbytes)
-            bars.update(task, completed=meter.done, description=str(meter))
+        def show() -> None:
+            meter = watch.meter
+            bars.update(task, total=meter.total, completed=meter.done, description=str(meter))
 
-        yield done
+        watch.show = show
+        yield
 
 
-def _lines(meter: Meter, every: float, line: Callable[[], str]) -> Done:
+def _lines(every: float, line: Callable[[], str]) -> Callable[[], None]:
+    """Prints a line when it is called, every so many seconds."""
     last = time.monotonic()
 
-    def done(tensor: str, nbytes: int) -> None:
+    def show() -> None:
         nonlocal last
-        meter.add(tensor, nbytes)
         if (now := time.monotonic()) - last >= every:
             last = now
             print(line(), file=sys.stderr)
 
-    return done
+    return show

@@ -40,13 +40,21 @@ def codec(name: str) -> Codec:
         also=(),
     )
     encoders = {rule: partial(_apart, encoder=e, count=count, name=name) for rule, e in base.encoders.items()}
-    return Codec(layout, encoders, base.weighted, least_cols=count, together=base.together)
+    return Codec(layout, encoders, base.weighted, shared=base.shared, least_cols=count, together=base.together)
 
 
 def _apart(
-    weight: np.ndarray, encoder: Encoder, count: int, name: str, importance: np.ndarray | None = None
+    weight: np.ndarray,
+    encoder: Encoder,
+    count: int,
+    name: str,
+    importance: np.ndarray | None = None,
+    peak: np.float32 | None = None,
 ) -> dict[str, np.ndarray]:
-    """The columns of the largest (weighted) sum of squares, and the parts of what remains."""
+    """The columns of the largest (weighted) sum of squares, and the parts of what remains.
+
+    peak : the largest magnitude of all weights that share the tensor's scale, those in such columns too
+    """
     if weight.shape[1] < count:
         raise LayoutError(f"{name}: {weight.shape[1]} columns, needs {count} or more")
     squares = np.square(weight, dtype=np.float64) * (1 if importance is None else importance)
@@ -54,6 +62,6 @@ def _apart(
     values = quantize.cast(np.ascontiguousarray(weight[:, chosen]), name, dtype_of("bfloat16"), "fewer columns")
     rest = weight.copy()
     rest[:, chosen] = 0
-    extra = {} if importance is None else {"importance": importance}
+    extra = {k: v for k, v in (("importance", importance), ("peak", peak)) if v is not None}
     parts = {part: array[..., None] for part, array in encoder(rest, **extra).items()}
     return parts | {"columns": chosen[None, None], "column_values": values["values"][:, None]}

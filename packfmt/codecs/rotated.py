@@ -19,6 +19,7 @@ from packfmt.errors import LayoutError
 from packfmt.kernels import hadamard
 
 SOURCE = "FP-Quant d2e3092 (MR-GPTQ), block Hadamard rotation of weights and activations"
+ABOVE = 1 + 2.0**-16  # of bounds: log2(size) sums and a product, each rounded to 2**-24
 
 
 def codec(name: str) -> Codec:
@@ -36,14 +37,25 @@ def codec(name: str) -> Codec:
     encoders = {
         rule: partial(_rotated, encoder=encoder, size=size, name=name) for rule, encoder in base.encoders.items()
     }
-    return Codec(layout, encoders, together=base.together)
+    # a scale for the tensor is that of the rotated weight, all of which is looked at
+    together = {**base.together, **dict.fromkeys(base.shared, 0)}
+    return Codec(layout, encoders, shared=base.shared, together=together)
 
 
-def _rotated(weight: np.ndarray, encoder: Encoder, size: int, name: str) -> dict[str, np.ndarray]:
-    """The parts of the rotated weight."""
+def _rotated(
+    weight: np.ndarray, encoder: Encoder, size: int, name: str, peak: np.float32 | None = None
+) -> dict[str, np.ndarray]:
+    """The parts of the rotated weight.
+
+    peak : the largest magnitude of all weights that share the tensor's scale, before they are rotated. Rotated ones
+        are at most sqrt(size) times as large, and a little, as sums round
+    """
     turned = weight.copy()
     with np.errstate(all="ignore"):
         hadamard.transform(turned, size)
     if not np.isfinite(turned).all():
         raise LayoutError(f"{name}: rotated weights are beyond float32; the largest is {np.abs(weight).max():.6g}")
-    return dict(encoder(turned))
+    if peak is None:
+        return dict(encoder(turned))
+    most = np.float64(peak) * np.sqrt(size) * ABOVE
+    return dict(encoder(turned, peak=np.float32(min(most, np.finfo(np.float32).max))))

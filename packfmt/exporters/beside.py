@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from packfmt.errors import ContainerError
+from packfmt.errors import ContainerError, MachineError
 from packfmt.exporters import SIGNS, Extras, KeyValue
+from packfmt.exporters.output import CHUNK
 from packfmt.exporters.whole import sync_folder
 from packfmt.plan import Step
 
@@ -46,8 +46,9 @@ def write_extras(folder: Path, extras: Extras, quantised: Mapping[str, Any] | No
     for name, source in extras.files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with source.open("rb") as old, target.open("wb") as new:
-            shutil.copyfileobj(old, new)
+        with target.open("wb") as new:
+            for chunk in _chunks(source):
+                new.write(chunk)
             _sync(new)
     for parent in sorted({p for name in extras.files for p in Path(name).parents if p.name}):
         sync_folder(folder / parent)
@@ -55,6 +56,15 @@ def write_extras(folder: Path, extras: Extras, quantised: Mapping[str, Any] | No
         dump(folder / CONFIG, without_quantised(extras.config) | ({QUANTISED: dict(quantised)} if quantised else {}))
     if extras.keyvalues:
         dump(folder / KEYVALUES, {k: {"type": v.kind, "value": v.value} for k, v in extras.keyvalues.items()})
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """What is in a side file; what is wrong with it is not the output's fault."""
+    try:
+        with path.open("rb") as file:
+            yield from iter(lambda: file.read(CHUNK), b"")
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read: {error.strerror}; mend it, and --resume goes on") from error
 
 
 def dump(path: Path, data: Any) -> None:
@@ -113,10 +123,13 @@ def read_weight_map(path: Path) -> dict[str, str]:
     data = read_json(path / INDEX)
     found = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise ContainerError(f"{path / INDEX}: no weight_map of names", "PF102")
+        raise ContainerError(
+            f"{path / INDEX}: no weight_map, a record of tensors and their files; fetch it again", "PF102"
+        )
     for name in set(found.values()):
         if Path(name).name != name or not (path / name).is_file():
-            raise ContainerError(f"{path / INDEX}: names {name!r}, which is not in the folder", "PF110")
+            missing = f"names {name!r}, which is not in the folder; fetch it, or the whole model again"
+            raise ContainerError(f"{path / INDEX}: {missing}", "PF110")
     return found
 
 
@@ -138,11 +151,12 @@ def weight_files(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
 
 
 def read_extras(path: Path) -> Extras:
-    """What a folder has beside its tensors."""
+    """What a folder has beside its tensors. A link to nowhere is one of its files: whoever copies it finds out."""
     config = read_json(path / CONFIG) if (path / CONFIG).exists() else None
     if config is not None and not isinstance(config, dict):
         raise ContainerError(f"{path / CONFIG}: not a record", "PF102")
-    files = {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file() and _carried(f, path)}
+    there = [f for f in sorted(path.rglob("*")) if f.is_file() or (f.is_symlink() and not f.exists())]
+    files = {str(f.relative_to(path)): f for f in there if _carried(f, path)}
     return Extras(config, files, read_keyvalues(path / KEYVALUES) if (path / KEYVALUES).exists() else {})
 
 

@@ -22,6 +22,7 @@ from packfmt.errors import ContainerError, PlanError
 from packfmt.exporters import Extras, Layouts
 from packfmt.exporters.beside import CONFIG, quantised_by
 from packfmt.exporters.folder import (
+    STAYS,
     WEIGHT,
     Dialect,
     Form,
@@ -61,7 +62,7 @@ def form(layout: Layout) -> Form | None:
 def refusal_of(layout: Layout, shape: tuple[int, ...]) -> str:
     """Why it cannot hold a packed tensor of this shape; empty if it can."""
     if len(shape) != 2:
-        return f"{len(shape)} dimensions, a linear layer of BitNet's has 2"
+        return f"{len(shape)} dimensions, a linear layer of BitNet's has 2; {STAYS}"
     return (
         f"{shape[0]} rows, transformers needs a multiple of 4; leave it with --map REGEX=keep" if shape[0] % 4 else ""
     )

@@ -37,6 +37,7 @@ from packfmt.exporters.folder import (
     DIVIDES,
     EIGHT_BIT,
     EMBEDDING,
+    STAYS,
     WEIGHT,
     Dialect,
     Form,
@@ -157,7 +158,7 @@ def scheme(name: str) -> tuple[str, dict[str, Any]]:
 
 def refusal_of(layout: Layout, shape: Shape) -> str:
     """Why it cannot hold a packed tensor of this shape; empty if it can."""
-    return "" if len(shape) == 2 else f"{len(shape)} dimensions, a linear layer of compressed-tensors' has 2"
+    return "" if len(shape) == 2 else f"{len(shape)} dimensions, a linear layer of compressed-tensors' has 2; {STAYS}"
 
 
 def plan_refusal_of(steps: tuple[Step, ...]) -> str:

@@ -27,6 +27,7 @@ from packfmt.exporters import Extras
 from packfmt.exporters.folder import (
     DEEPSEEKS,
     NOWHERE,
+    STAYS,
     WEIGHT,
     Activation,
     Dialect,
@@ -133,7 +134,7 @@ def refusal_of(layout: Layout, shape: Shape) -> str:
     """Why it cannot hold a packed tensor of this shape; empty if it can."""
     if layout.name in READ_ONLY:
         return f"{layout.name} is read from such folders, not written; say fp8_tensor, or --export compressed_tensors"
-    return "" if len(shape) == 2 else f"{len(shape)} dimensions, a linear layer has 2"
+    return "" if len(shape) == 2 else f"{len(shape)} dimensions, a linear layer has 2; {STAYS}"
 
 
 def plan_refusal_of(steps: tuple[Step, ...]) -> str:

@@ -49,6 +49,7 @@ WEIGHT = ".weight"
 HEAD = "lm_head"
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|wte|wpe|\w*embeddings?|embed)\.weight$")
 FLOATS = ("bfloat16", "float16", "float32")  # what the model's weights may have been
+STAYS = "leave it dense with --map REGEX=keep"  # what a user may do
 READ_AT_ONCE = 1 << 16  # bytes of a tensor that `find` may read
 
 

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from packfmt.errors import ContainerError, PlanError
+from packfmt.errors import TRUNCATED, ContainerError, PlanError
 from packfmt.exporters import KeyValue
 
 MAGIC, VERSION, VERSIONS = b"GGUF", 3, (2, 3)
@@ -109,7 +109,7 @@ class _Reader:
             more = min(max(end, 2 * len(self.raw), FIRST_READ), self.size, LONGEST)
             self.raw += self.file.read(more - len(self.raw))
         if end > len(self.raw):
-            raise self.fail(f"{what}: ends at byte {end}, the file has {self.size}; truncated", "PF101")
+            raise self.fail(f"{what}: ends at byte {end}, the file has {self.size}; {TRUNCATED}", "PF101")
 
     def numbers(self, code: str, count: int, what: str) -> tuple[Any, ...]:
         layout = struct.Struct(f"<{count}{code}")
@@ -165,7 +165,8 @@ class _Reader:
         if magic == b"vers":
             raise self.fail("a Git LFS pointer, not the file it stands for; run git lfs pull", "PF100")
         if magic != MAGIC[: len(magic)] or not magic:
-            raise self.fail(f"begins with {magic!r}, a GGUF with {MAGIC!r}", "PF100")
+            found = f"begins with {magic!r}" if self.size else "is empty"
+            raise self.fail(f"{found}, a GGUF begins with {MAGIC!r}; is it another file, or cut off?", "PF100")
         self.at = 4
         version = self.number("I", "the version")
         if version and not version & 0xFFFF:
@@ -255,7 +256,7 @@ def check_places(path: Path, size: int, header: Header, nbytes: list[int]) -> No
         left = size - header.data  # the padding after the last key need not be there
     else:
         if header.data + end > size:
-            raise ContainerError(f"{path}: {size} bytes, its tensors need {header.data + end}; truncated", "PF101")
+            raise ContainerError(f"{path}: {size} bytes, its tensors need {header.data + end}; {TRUNCATED}", "PF101")
         left = size - header.data - aligned(end, header.alignment)
     if left > 0:
         raise ContainerError(f"{path}: {left} bytes after the last tensor belong to nothing", "PF108")

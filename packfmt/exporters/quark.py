@@ -15,6 +15,7 @@ from typing import Any, Final
 from packfmt.exporters import Extras
 from packfmt.exporters.beside import quantised_by
 from packfmt.exporters.folder import (
+    STAYS,
     WEIGHT,
     Dialect,
     Form,
@@ -66,7 +67,7 @@ def form(layout: Layout) -> Form | None:
 
 def refusal_of(layout: Layout, shape: Shape) -> str:
     """Why it cannot hold a packed tensor of this shape; empty if it can."""
-    return "" if len(shape) == 2 else f"{len(shape)} dimensions, a linear layer has 2"
+    return "" if len(shape) == 2 else f"{len(shape)} dimensions, a linear layer has 2; {STAYS}"
 
 
 def plan_refusal_of(steps: tuple[Step, ...]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from packfmt.errors import ContainerError, LayoutError, PlanError
 from packfmt.exporters import SIGNS, Extras, Layouts, beside, output
 from packfmt.exporters import safetensors_header as header
 from packfmt.exporters.beside import INDEX, SUFFIX, by_file
+from packfmt.exporters.handles import Handles
 from packfmt.exporters.output import CHUNK, Lengths, Output, Piece, Place, Sums
 from packfmt.exporters.positional import read_at
 from packfmt.exporters.safetensors_header import DTYPES, NAME_OF, Entry, Header, name_refusal
@@ -38,6 +39,7 @@ __all__ = ["NAME", "extras_refusal", "lay", "name_refusal", "open", "plan_refusa
 NAME = "safetensors"
 VERSION = 1
 DENSE_OF = {c.components[0].cell[0].dtype: c for c in DENSE.values()}  # type: ignore[union-attr]
+BytesOf = Callable[[Path, str], Array]  # file, name of the tensor in it -> its bytes
 NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 UNKNOWN_LENGTH = 1 << 53  # stands for a stream's end while its header's length is reckoned
 
@@ -195,7 +197,9 @@ class SafetensorsSource:
         self._layouts = layouts
         self.problems: list[ContainerError] = []
         self.index: dict[str, TensorInfo] = {}
-        self._files: dict[Path, tuple[BinaryIO, Header]] = {}
+        self._handles = Handles()
+        self._headers: dict[Path, Header] = {}
+        self._maps: dict[Path, Array] = {}
         self._records: dict[str, dict[str, Any]] = {}
         self._packed: dict[str, Weight] = {}  # weights of other ecosystems
         try:
@@ -210,19 +214,17 @@ class SafetensorsSource:
             raise
 
     def close(self) -> None:
-        for file, _ in self._files.values():
-            file.close()
+        self._handles.close()
+        self._maps.clear()  # what was given away stays
 
     def _check_index(self, path: Path, weight_map: Mapping[str, str]) -> None:
         for name, file in weight_map.items():
-            if name not in self._files[path / file][1].entries:
+            if name not in self._headers[path / file].entries:
                 self.problems.append(ContainerError(f"{path / INDEX}: {name} is not in {file}", "PF110"))
 
     def _add(self, path: Path) -> None:
-        file = path.open("rb")
-        self._files[path] = (file, Header({}, {}, 0))
-        found = header.read(path, file)
-        self._files[path] = (file, found)
+        with self._handles.of(path) as handle, os.fdopen(handle, "rb", closefd=False) as file:
+            found = self._headers[path] = header.read(path, file)
         packed = self._described(path, found)
         used = {name for info in packed.values() for name in self._names(info).values()}
         dense = {n: self._dense(path, n, e) for n, e in found.entries.items() if n not in used}
@@ -248,7 +250,7 @@ class SafetensorsSource:
         tensors = {name: info for name, info in self.index.items() if name not in self._records}
         taken: dict[str, TensorInfo | None] = {}  # stored tensor -> what stands in its place
         before = folder.dtype_before(config)
-        for found in folder.weights(self.path, *told, tensors, self._array, self._layouts, before):
+        for found in folder.weights(self.path, *told, tensors, self._small, self._layouts, before):
             if isinstance(found, TensorInfo):
                 taken[found.name] = found
                 continue
@@ -349,7 +351,7 @@ class SafetensorsSource:
     def read(self, name: str, rows: tuple[int, int] | None = None) -> PackedTensor:
         """The tensor called `name`, whose checksums are checked where the file has them; or rows of it, unchecked."""
         if rows is None:
-            return self._tensor(name, _read_bytes)
+            return self._tensor(name, self._bytes)
         info, layout = self._known(name)
         stored = self._stored(name)
         found = slices.gather(layout, info.shape, rows, lambda c, at: self._read_into(*stored[c], at), name)
@@ -360,7 +362,7 @@ class SafetensorsSource:
         sums = self._records.get(name, {}).get("sha256", {})
         for component, stored in self._names(self.index[name]).items() if sums else ():
             file = self.index[name].file
-            entry, digest = self._files[file][1].entries[stored], sha256()
+            entry, digest = self._headers[file].entries[stored], sha256()
             for begin in range(0, entry.end - entry.begin, CHUNK):
                 piece = np.empty(min(CHUNK, entry.end - entry.begin - begin), np.uint8)
                 self._read_into(file, stored, [(begin, piece)])
@@ -371,7 +373,7 @@ class SafetensorsSource:
     def files(self) -> list[Path]:
         """The safetensors files, and what says how they are meant."""
         beside_them = [self.path / n for n in (INDEX, beside.CONFIG, *SIGNS)] if self.path.is_dir() else []
-        return [*self._files, *(p for p in beside_them if p.exists())]
+        return [*self._headers, *(p for p in beside_them if p.exists())]
 
     def _stored(self, name: str) -> dict[str, tuple[Path, str]]:
         """Component -> its file and its tensor's name there."""
@@ -382,23 +384,26 @@ class SafetensorsSource:
 
     def _read_into(self, path: Path, name: str, pieces: list[tuple[int, Array]]) -> None:
         """Fill arrays of bytes from places in a stored tensor."""
-        file, found = self._files[path]
-        for begin, piece in pieces:
-            if (got := read_at(file.fileno(), found.data + found.entries[name].begin + begin, piece)) != len(piece):
-                raise _shrank(path, name, got, len(piece))
+        found = self._headers[path]
+        at = found.data + found.entries[name].begin
+        with self._handles.of(path) as handle:
+            for begin, piece in pieces:
+                if (got := read_at(handle, at + begin, piece)) != len(piece):
+                    what = f"{got} of {len(piece)} bytes; the file shrank while it was read"
+                    raise ContainerError(f"{path}: {name}: {what}", "PF101")
 
     def map(self, name: str) -> PackedTensor:
         """The tensor as it lies in the file; no checksum is checked."""
-        return self._tensor(name, _map_bytes)
+        return self._tensor(name, self._mapped)
 
-    def _tensor(self, name: str, bytes_of: Callable[..., Array]) -> PackedTensor:
+    def _tensor(self, name: str, bytes_of: BytesOf) -> PackedTensor:
         info, layout = self._known(name)
         if name in self._packed:
             return self._weight(self._packed[name], layout, bytes_of)
-        sums = self._records.get(name, {}).get("sha256", {}) if bytes_of is _read_bytes else {}
+        sums = self._records.get(name, {}).get("sha256", {}) if bytes_of == self._bytes else {}
         components = {}
         for component, stored in self._names(info).items():
-            array = _read_array(info.file, *self._files[info.file], stored, bytes_of)
+            array = self._array(info.file, stored, bytes_of)
             if component in sums and sha256(array.reshape(-1).view(np.uint8).data).hexdigest() != sums[component]:
                 raise _changed(info.file, name, component)
             components[component] = array
@@ -407,6 +412,10 @@ class SafetensorsSource:
             components = {c: array.reshape(shapes[c]) for c, array in components.items()}
         return PackedTensor(layout, info.shape, components, info.dtype)
 
+    def _small(self, name: str) -> Array:
+        """A stored tensor that helps to tell what others are."""
+        return self._array(self.index[name].file, name, self._bytes)
+
     def _known(self, name: str) -> tuple[TensorInfo, Layout]:
         info = self.index[name]
         if info.layout is None:
@@ -414,51 +423,44 @@ class SafetensorsSource:
             raise ContainerError(f"{info.file}: {name} is {info.kind}, {why}", "PF105")
         return info, info.layout
 
-    def _weight(self, weight: Weight, layout: Layout, bytes_of: Callable[..., Array]) -> PackedTensor:
+    def _weight(self, weight: Weight, layout: Layout, bytes_of: BytesOf) -> PackedTensor:
         """A weight of another ecosystem's, whose components may lie in several files."""
         components = {}
         for c in layout.fit(*matrix(weight.info.shape)).components:
             stored = weight.stored[c.name]
-            raw = bytes_of(stored.file, *self._files[stored.file], stored.name)
+            raw = bytes_of(stored.file, stored.name)
             components[c.name] = raw.view(dtype_of(c.dtype)).reshape(c.shape)
         return PackedTensor(layout, weight.info.shape, components, weight.info.dtype)
 
-    def _array(self, name: str) -> Array:
+    def _array(self, path: Path, name: str, bytes_of: BytesOf) -> Array:
         """A stored tensor, of a dtype that NumPy has."""
-        file = self.index[name].file
-        return _read_array(file, *self._files[file], name)
+        e = self._headers[path].entries[name]
+        return bytes_of(path, name).view(dtype_of(DTYPES[e.dtype])).reshape(e.shape)
 
+    def _bytes(self, path: Path, name: str) -> Array:
+        """The bytes of a stored tensor."""
+        e = self._headers[path].entries[name]
+        raw = np.empty(e.end - e.begin, np.uint8)
+        self._read_into(path, name, [(0, raw)])
+        return raw
 
-def _read_bytes(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
-    e = found.entries[name]
-    raw = np.empty(e.end - e.begin, np.uint8)
-    if (got := read_at(file.fileno(), found.data + e.begin, raw)) != len(raw):
-        raise _shrank(path, name, got, len(raw))
-    return raw
-
-
-def _shrank(path: Path, name: str, got: int, wanted: int) -> ContainerError:
-    return ContainerError(f"{path}: {name}: {got} of {wanted} bytes; the file shrank while it was read", "PF101")
+    def _mapped(self, path: Path, name: str) -> Array:
+        """The same, as they lie in the file; a file is mapped once, for each mapping keeps a descriptor."""
+        found = self._headers[path]
+        e = found.entries[name]
+        if e.begin == e.end:
+            return np.empty(0, np.uint8)
+        with self._handles.of(path) as handle, os.fdopen(handle, "rb", closefd=False) as file:
+            if os.fstat(handle).st_size < found.data + e.end:
+                raise ContainerError(f"{path}: {name}: the file has shrunk since it was opened", "PF101")
+            if path not in self._maps:
+                self._maps[path] = np.memmap(file, np.uint8, "r").view(np.ndarray)
+        return self._maps[path][found.data + e.begin : found.data + e.end]
 
 
 def _changed(path: Path, name: str, component: str) -> ContainerError:
-    return ContainerError(f"{path}: {name}: the bytes of {component!r} are not those that were written", "PF109")
-
-
-def _map_bytes(path: Path, file: BinaryIO, found: Header, name: str) -> Array:
-    e = found.entries[name]
-    if e.begin == e.end:
-        return np.empty(0, np.uint8)
-    if os.fstat(file.fileno()).st_size < found.data + e.end:
-        raise ContainerError(f"{path}: {name}: the file has shrunk since it was opened", "PF101")
-    return np.memmap(file, np.uint8, "r", found.data + e.begin, (e.end - e.begin,)).view(np.ndarray)
-
-
-def _read_array(
-    path: Path, file: BinaryIO, found: Header, name: str, bytes_of: Callable[..., Array] = _read_bytes
-) -> Array:
-    e = found.entries[name]
-    return bytes_of(path, file, found, name).view(dtype_of(DTYPES[e.dtype])).reshape(e.shape)
+    what = f"the bytes of {component!r} are not those that were written; fetch or make it again"
+    return ContainerError(f"{path}: {name}: {what}", "PF109")
 
 
 def open(path: Path, layouts: Layouts, read_as: Mapping[str, str] = NOTHING) -> SafetensorsSource:

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from packfmt.errors import ContainerError
+from packfmt.errors import TRUNCATED, ContainerError
 
 LONGEST = 100_000_000  # bytes of JSON, as the format's own library has it
 
@@ -65,9 +65,10 @@ def read(path: Path, file: BinaryIO) -> Header:
         raise ContainerError(f"{path}: {size} bytes, a safetensors file has at least 8", "PF100")
     length = int.from_bytes(start, "little")
     if length > LONGEST:
-        raise ContainerError(f"{path}: a header of {length} bytes, needs {LONGEST} or fewer", "PF102")
+        what = f"begins with {start!r}, is it a safetensors file?"
+        raise ContainerError(f"{path}: a header of {length} bytes, needs {LONGEST} or fewer; {what}", "PF102")
     if 8 + length > size:
-        raise ContainerError(f"{path}: {size} bytes, its header alone needs {8 + length}; truncated", "PF101")
+        raise ContainerError(f"{path}: {size} bytes, its header alone needs {8 + length}; {TRUNCATED}", "PF101")
     raw = _parse(path, file.read(length))
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -138,7 +139,7 @@ def _check_tiling(path: Path, entries: dict[str, Entry], size: int) -> None:
             raise ContainerError(f"{path}: {name} begins {what}; tensors must follow each other", "PF107")
         at, before = e.end, name
     if at > size:
-        raise ContainerError(f"{path}: {size} bytes of tensors, the header needs {at}; truncated", "PF101")
+        raise ContainerError(f"{path}: {size} bytes of tensors, the header needs {at}; {TRUNCATED}", "PF101")
     if at < size:
         raise ContainerError(f"{path}: {size - at} bytes after the last tensor belong to nothing", "PF108")
 

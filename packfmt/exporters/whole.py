@@ -17,7 +17,7 @@ def partial_of(path: Path) -> Path:
 
 def aside_of(path: Path) -> Path:
     """Where a folder that is replaced is, until the new one has its name."""
-    return path.with_name(path.name + ".partial.replaced")
+    return path.with_name(f".{path.name}.replaced")  # not `partial_of` and more, which users are told to remove
 
 
 def give_name(path: Path) -> None:
