@@ -253,20 +253,6 @@ def test_rows_may_lie_side_by_side(name: str) -> None:
         assert (rows[7:] == 99).all()
 
 
-@pytest.mark.skipif(simd.INTERPRETED, reason="only kernels have rooms")
-def test_a_room_is_nobody_elses_until_it_is_given_back() -> None:
-    order = arrange(192, 64)
-    rooms = activations.rooms(order)
-    assert activations.rooms(arrange(192, 64)) is rooms is not activations.rooms(arrange(192, 32))
-    first, second = rooms.take(2), rooms.take(2)
-    assert first is not second
-    rooms.give(first)
-    assert rooms.take(2) is first and rooms.take(2) is not second
-    large = rooms.take(activations.KEPT + 1)
-    rooms.give(large)
-    assert rooms.take(large.rows) is not large
-
-
 def test_what_is_refused_says_why() -> None:
     with pytest.raises(LayoutError, match=r"blocks of 0 activations, needs 1 or more"):
         arrange(64, 0)
