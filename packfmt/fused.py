@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import grids, minifloat
+from packfmt import grids, minifloat, outliers
 from packfmt.errors import LayoutError
 from packfmt.layout import REST, TOP, Codes, Component, Digit, Layout, Member, Values, dtype_of, grid
 from packfmt.placement import Array, Arrays, unpack
@@ -78,6 +78,8 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays, out: Arra
     narrow = out is not None and out.dtype.name == "bfloat16"
     if out is not None and (out.shape != shape or not (narrow or out.dtype == F32) or not out.flags.carray):
         raise LayoutError(f"out is {out.dtype} {out.shape}, needs a writable C-contiguous float32 or bfloat16 {shape}")
+    if layout.sparse:
+        return _with_outliers(layout, shape, components, out)
     through = out is not None and out.nbytes >= LEAST_THROUGH
     if run := decoder(layout):
         target = np.empty(shape, F32) if out is None else out
@@ -87,6 +89,18 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays, out: Arra
     if out is None:
         return weights
     _convert(weights, out.view(np.uint16) if narrow else out, through)
+    return out
+
+
+def _with_outliers(layout: Layout, shape: tuple[int, int], components: Arrays, out: Array | None) -> Array:
+    kept = outliers.names(layout)
+    dense = {name: array for name, array in components.items() if name not in kept}
+    wide = out if out is not None and out.dtype == F32 else None
+    weights = decode(outliers.without(layout), shape, dense, wide)
+    outliers.combine(layout, shape, components, weights)
+    if out is None or wide is not None:
+        return weights
+    _convert(weights, out.view(np.uint16), False)
     return out
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import minifloat
+from packfmt import minifloat, outliers
 from packfmt.errors import LayoutError
 from packfmt.layout import Codes, Grid, Layout
 from packfmt.placement import Array, Arrays, unpack
@@ -26,6 +26,7 @@ from packfmt.spellings import SPELLINGS, scales
 
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
+ANY_NUMBER = ("values", "outliers")  # parts that may hold NaN, or are looked at elsewhere
 COLUMNS = ("columns", "column_values")  # parts that stand beside those of any grid
 STRIP = 1 << 18  # weights computed at a time; keeps temporaries in the cache
 
@@ -354,6 +355,11 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays) -> Floats
     """
     from packfmt.kernels import threads
 
+    if layout.sparse:
+        kept = outliers.names(layout)
+        weights = decode(outliers.without(layout), shape, {k: v for k, v in components.items() if k not in kept})
+        outliers.combine(layout, shape, components, weights)
+        return weights
     rows, cols = shape
     if layout.axes[0].of != "rows":
         raise LayoutError(f"{layout.name}: its first axis is {layout.axes[0].name!r}, needs one of rows")
@@ -402,7 +408,11 @@ def findings(layout: Layout, parts: Arrays) -> list[str]:
     for name, array in parts.items():
         if (most := levels.get(name)) and (bad := int((array >= most).sum())):
             out.append(f"{bad} of {array.size} {name} are {most} or above, which no encoder writes")
-        if array.dtype.kind in "fV" and name != "values" and (bad := int((~np.isfinite(array)).sum())):
+        if (
+            array.dtype.kind in "fV"
+            and name not in ("values", "outliers")
+            and (bad := int((~np.isfinite(array)).sum()))
+        ):
             out.append(f"{bad} of {array.size} numbers of {name} are not finite")
     if layout.grid.name in ("base3", "plane_base3", "tl2") and (bad := _unused_bytes(layout.grid, parts["codes"])):
         out.append(f"{bad} of {parts['codes'].size} bytes of codes are none of those that digits of base 3 give")
