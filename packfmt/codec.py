@@ -334,7 +334,11 @@ class Codec:
 
     def _of_nothing(self, shape: tuple[int, int], parts: Parts) -> Parts:
         """Parts of a weight without numbers: what one row or column would share is there all the same."""
-        wanted = {name: part.shape for name, part in self.layout.fit(*shape).parts.items() if name in parts}
+        wanted = {
+            name: part.shape
+            for name, part in self.layout.fit(*shape).parts.items()
+            if name in parts and name not in {s.name for s in self.layout.streams}
+        }
         return {
             name: array if array.shape == wanted.get(name, array.shape) else np.ones(wanted[name], array.dtype)
             for name, array in parts.items()

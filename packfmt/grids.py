@@ -111,6 +111,16 @@ def affine_zero(parts: Arrays) -> Floats:
     return _times(_each(np.subtract, steps, parts["zero"].astype(F32)), _float32(parts["scale"]))
 
 
+def codebook(parts: Arrays) -> Floats:
+    """w = codebook[row, code], converted to float32: entries that each row has of its own.
+
+    `codes` (rows, cols, 1), `codebook` (rows, 1, entries).
+    """
+    codes, tables = parts["codes"][..., 0], _float32(parts["codebook"][:, 0])
+    each = np.repeat(tables, len(codes) // max(1, len(tables)), 0)
+    return np.take_along_axis(each, codes.astype(np.intp), 1)
+
+
 def augmented(parts: Arrays, *, residual: int, group: int, **params: str) -> Floats:
     """`scaled`, less the `residual` columns that are stored twice: of the last, every group is followed by its copy.
 
@@ -226,6 +236,7 @@ GRIDS: dict[str, Callable[..., Floats]] = {
     "either": either,
     "hif4": hif4,
     "affine_zero": affine_zero,
+    "codebook": codebook,
     "augmented": augmented,
     "quads": quads,
     "quads_in_fives": quads_in_fives,

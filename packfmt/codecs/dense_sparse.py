@@ -26,7 +26,7 @@ import numpy.typing as npt
 from packfmt import codecs, outliers, placement
 from packfmt.codec import Codec, Encoder, PackedTensor
 from packfmt.errors import PlanError
-from packfmt.layout import Axis, Component, Digit, Layout, Sparse, Stream, Values, dtype_of, itemsize, rows
+from packfmt.layout import Axis, Component, Digit, Layout, Sparse, Stream, Values, dtype_of, itemsize
 
 NAME: Final = re.compile(r"(.+)_(?:csr|ell([1-9]\d{0,4})|(?P<gaps>gaps))(_32)?(_f32|_bf16)?(_replace)?")
 DTYPES: Final = {None: "<f2", "_f32": "<f4", "_bf16": "bfloat16"}
@@ -83,15 +83,19 @@ def codec(name: str) -> Codec:
 
 
 def _components(coding: str, count: int, columns: str, values: str) -> tuple[list[Component | Stream], list[Axis]]:
+    every = Axis("every_row", "rows")  # of its own, for that of the dense part may be padded
     if coding == "ell":
-        over = (rows(), Digit("outlier"))
-        of_row = [Component(name, over, (Values(name, dtype),), (1, 1)) for name, dtype in
-                  (("outlier_columns", columns), ("outliers", values))]  # fmt: skip
-        return [*of_row], [Axis("outlier", size=count)]
+        over = Digit(every.name), Digit("outlier")
+        where = Component("outlier_columns", over, (Values("outlier_columns", columns),), (1, 1), "ascending in a row")
+        return [where, Component("outliers", over, (Values("outliers", values),), (1, 1))], [
+            every,
+            Axis("outlier", size=count),
+        ]
     if coding == "gaps":
-        counts = Component("outlier_counts", (rows(),), (Values("outlier_counts", "<u2"),), doc="outliers of a row")
+        of_row = (Values("outlier_counts", "<u2"),)
+        counts = Component("outlier_counts", (Digit(every.name),), of_row, doc="outliers of a row")
         gaps = Stream("outlier_gaps", "u1", doc="columns left out before an outlier; 255: so many, and no outlier")
-        return [counts, gaps, Stream("outliers", values)], []
+        return [counts, gaps, Stream("outliers", values)], [every]
     begins = Component(
         "outlier_rows",
         (Digit("row_ends"),),
