@@ -1,7 +1,7 @@
 """Codebooks, and outliers beside dense formats, in plain NumPy and plain loops: closed forms from spec/formats.
 
-Nothing here comes from packfmt. Parts, components and twins are those of fp4_twin; outliers are parts `at` (n, 2), row and
-column of each, and `outliers` float32, row by row with ascending columns.
+Nothing here comes from packfmt. Parts, components and twins are those of fp4_twin; outliers are parts `at` (n, 2), row
+and column of each, and `outliers` float32, row by row with ascending columns.
 """
 
 from __future__ import annotations

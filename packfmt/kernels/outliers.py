@@ -2,17 +2,22 @@
 
 A row's outliers have ascending columns. Of a product they come last, one after the other: y = y + (value * x[column]),
 product and sum rounded to float32 on their own.
+
+Lanes are rows, as in tiles: sixteen rows with about as many outliers go together, their first outliers, their second
+ones and so on.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
 
 from packfmt.errors import LayoutError
-from packfmt.kernels import threads
+from packfmt.kernels import pages, simd, simd_code, threads
 from packfmt.kernels.cache import njit
 
 F32 = np.float32
@@ -21,9 +26,10 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 FAR = np.uint8(255)  # a gap that is no outlier
-LEAST = 1 << 15  # outliers that are worth a thread
-AT_ONCE = 1024  # outliers whose products are made before any is added: they stay in the nearest cache
-FLOATS = {"float16": 16, "bfloat16": 1, "float32": 0}  # how `_widen` knows them
+LANES = 16
+LEAST = 1 << 16  # products of outliers that are worth a thread
+HALF, BRAIN, SINGLE = range(3)
+FLOATS = {"float16": HALF, "bfloat16": BRAIN, "float32": SINGLE}
 
 
 def first_wrong(ends: Ints, columns: Array, cols: int) -> int:
@@ -115,20 +121,27 @@ class Product:
     def __init__(self, ends: Ints, columns: Array, values: Array) -> None:
         _check(ends, columns, values)
         self._kind = FLOATS[values.dtype.name]
-        self._ends, self._columns = ends, np.ascontiguousarray(columns)
-        self._values = np.ascontiguousarray(values).view(np.uint16 if values.dtype.itemsize == 2 else np.uint32)
+        self._ends, self._columns, self._values = ends, np.ascontiguousarray(columns), np.ascontiguousarray(values)
+        self._sliced = None if simd.INTERPRETED else _sliced(ends, self._columns, self._values)
 
     def __call__(self, x: Floats, out: Floats) -> None:
-        rows = len(self._ends) - 1
+        if not len(self._columns):
+            return
+        if self._sliced is None:
+            _multiply_plainly(self._ends, self._columns, self._values, x, out)
+        else:
+            self._in_lanes(x, out, *self._sliced)
+
+    def _in_lanes(self, x: Floats, out: Floats, *sliced: Array) -> None:
+        rows, counts, begins, columns, values = sliced
+        run = _rows_in_lanes(simd.VERSION, self._kind, columns.dtype.itemsize)
 
         def some(start: int, stop: int) -> None:
-            bits, products = np.empty(AT_ONCE, np.uint32), np.empty(AT_ONCE, F32)
-            _multiply(
-                self._ends[start : stop + 1], self._columns, self._values, self._kind,
-                x, out[:, start:stop], bits, bits.view(F32), products,
-            )  # fmt: skip
+            room = np.empty(LANES, F32)
+            for n in range(len(x)):
+                run(rows[start:stop], counts[start:stop], begins[start:stop], columns, values, x[n], out[n], room)
 
-        threads.spread(some, rows, -(-LEAST * rows // max(1, len(self._columns) * len(x))))
+        threads.spread(some, len(rows), -(-LEAST * len(rows) // (len(columns) * len(x))))
 
 
 def _check(ends: Ints, columns: Array, values: Array) -> None:
@@ -138,40 +151,107 @@ def _check(ends: Ints, columns: Array, values: Array) -> None:
         raise LayoutError(f"outliers: {found}, needs int64, uint16 or uint32, and floats of as many")
 
 
-@njit(cache=True, nogil=True)
-def _widen(values, kind, bits, floats):
-    """So many values as float32: `bits` and `floats` are the same memory."""
-    if kind == 16:
-        for i in range(values.size):
-            half = np.uint32(values[i])
-            bits[i] = ((half & np.uint32(0x7FFF)) << np.uint32(13)) | ((half & np.uint32(0x8000)) << np.uint32(16))
-        for i in range(values.size):
-            floats[i] = floats[i] * F32(2.0**112)
-    else:
-        for i in range(values.size):
-            bits[i] = np.uint32(values[i]) << np.uint32(16 * kind)
+def _sliced(ends: Ints, columns: Array, values: Array) -> tuple[Array, Array, Ints, Array, Array]:
+    """Sixteen rows side by side, those with most outliers first: little is left empty then.
+
+    rows : (slices, 16) int32, of the weight; those of lanes without a row are the last one's
+    counts : (slices, 16) int32, outliers in each lane
+    begins : (slices,) int64, the slice's first place
+    columns, values : of all places, 16 lanes each; empty ones have column 0
+
+    Source: Kreutzer et al., arXiv 1307.6209 (SELL-C-sigma)
+    """
+    many = np.diff(ends)
+    order = np.argsort(-many, kind="stable")
+    order = order[: int(np.count_nonzero(many))]
+    slices = -(-len(order) // LANES)
+    rows = np.full(slices * LANES, order[-1] if len(order) else 0, np.int32)
+    rows[: len(order)] = order
+    counts = np.zeros(slices * LANES, np.int32)
+    counts[: len(order)] = many[order]
+    deep = counts.reshape(slices, LANES).max(1, initial=0)
+    begins = np.concatenate([[0], np.cumsum(deep, dtype=np.int64)])
+    lane = np.empty(len(many), np.int64)
+    lane[order] = np.arange(len(order))
+    row = np.repeat(np.arange(len(many)), many)
+    place = LANES * (begins[lane[row] // LANES] + np.arange(len(columns)) - ends[row]) + lane[row] % LANES
+    size = int(begins[-1]) * LANES
+    at = pages.empty(size * columns.dtype.itemsize).view(columns.dtype)
+    at[:] = 0
+    at[place] = columns
+    stored = pages.empty(size * values.dtype.itemsize).view(values.dtype)
+    stored[:] = 0
+    stored[place] = values
+    bits = stored.view(np.uint16 if values.dtype.itemsize == 2 else F32)
+    return rows.reshape(slices, LANES), counts.reshape(slices, LANES), begins[:-1], at, bits
 
 
-@njit(cache=True, nogil=True)
-def _multiply(ends, columns, values, kind, x, out, bits, numbers, products):
-    """Rows of outliers, some at a time: their numbers, their products, and then the sums of rows."""
-    first, last, begin = ends[0], ends[ends.size - 1], 0
-    while first < last:
-        count = min(np.int64(AT_ONCE), last - first)
-        mine, row = columns[first : first + count], begin
-        _widen(values[first : first + count], kind, bits, numbers)
-        for n in range(x.shape[0]):
-            for i in range(count):
-                products[i] = numbers[i] * x[n, np.uint64(mine[i])]
-            row, done = begin, np.int64(0)
-            while done < count:
-                end = min(ends[row + 1] - first, count)
-                y = out[n, row]
-                for i in range(np.uint64(done), np.uint64(end)):
-                    y = y + products[i]
-                out[n, row] = y
-                done = end
-                if end == ends[row + 1] - first:
-                    row += 1
-        first += count
-        begin = row
+def _gather_code(build: ir.IRBuilder, data: Any, index: Any) -> Any:
+    """Sixteen numbers of an array of float32."""
+    if simd_code.AVX512_HERE:
+        kind = simd.Floats16.llvm
+        every = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
+        none = ir.Constant(kind, [0.0] * LANES)
+        pointer = build.bitcast(data, simd_code.I8.as_pointer())
+        name = "llvm.x86.avx512.mask.gather.dps.512"
+        return simd_code.call(build, name, kind, none, pointer, index, every, simd_code.I32(4))
+    found = ir.Constant(simd.Floats16.llvm, ir.Undefined)
+    for lane in range(LANES):
+        at = build.zext(build.extract_element(index, simd_code.I32(lane)), simd_code.I64)
+        found = build.insert_element(found, build.load(build.gep(data, [at])), simd_code.I32(lane))
+    return found
+
+
+def _gather_typed(_context, array, index):
+    def code(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return _gather_code(builder, data, args[1])
+
+    return simd.Floats16(array, simd.Ints16), code
+
+
+_gather = simd_code.make_intrinsic(_gather_typed, "_gather", "float32 at these places.", ("array", "index"))
+
+
+@cache
+def _rows_in_lanes(version, kind, wide):
+    """The loop for one row of activations; what it is made for is part of the key of compiled code."""
+
+    @njit(cache=True, nogil=True)
+    def _add(rows, counts, begins, columns, values, x, out, room):
+        _ = version
+        for s in range(rows.shape[0]):
+            for lane in range(LANES):
+                room[lane] = out[rows[s, lane]]
+            total, many = simd.load_floats16(room, 0), simd.load_ints16(counts, 4 * LANES * s)
+            at = LANES * begins[s]
+            for k in range(counts[s, 0]):
+                if wide == 2:
+                    places = simd.widen_shorts(simd.load_shorts16(columns, 2 * at))
+                else:
+                    places = simd.load_ints16(columns, 4 * at)
+                if kind == HALF:
+                    numbers = simd.half_to_float(simd.load_shorts16(values, 2 * at))
+                elif kind == BRAIN:
+                    numbers = simd.bfloat_to_float(simd.load_shorts16(values, 2 * at))
+                else:
+                    numbers = simd.load_floats16(values, 4 * at)
+                more = simd.addf(total, simd.mulf(numbers, _gather(x, places)))
+                total = simd.select_less(simd.same_int(np.int32(k)), many, more, total)
+                at += LANES
+            simd.store(room, 0, total)
+            for lane in range(LANES):
+                if counts[s, lane]:
+                    out[rows[s, lane]] = room[lane]
+
+    return _add
+
+
+def _multiply_plainly(ends: Ints, columns: Array, values: Array, x: Floats, out: Floats) -> None:
+    """Where nothing is compiled: the first outliers of all rows, then their second ones ..."""
+    many = np.diff(ends)
+    with np.errstate(all="ignore"):
+        for k in range(int(many.max(initial=0))):
+            rows = np.flatnonzero(many > k)
+            at = ends[rows] + k
+            out[:, rows] += values[at].astype(F32) * x[:, columns[at]]
