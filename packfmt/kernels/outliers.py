@@ -109,7 +109,8 @@ class Product:
 
     Parameters
     ----------
-    ends : (rows + 1,) int64; columns : (n,) uint16 or uint32, as `first_wrong` finds them right
+    ends : (rows + 1,) int64
+    columns : (n,) uint16 or uint32, as `first_wrong` finds them right
     values : (n,) float16, bfloat16 or float32
 
     Raises
