@@ -6,7 +6,7 @@ follows from the layout, so a tensor decodes without its codec.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import fused, placement, products, respelling, retiling
+from packfmt import fused, outliers, placement, products, respelling, retiling
 from packfmt.errors import LayoutError
 from packfmt.layout import DENSE, Layout, dtype_of
 
@@ -142,7 +142,9 @@ class PackedTensor:
         """
         if not isinstance(layout, Layout):
             raise LayoutError(f"repacking to {layout!r}, needs a layout, such as packfmt.pack(weight, name).layout")
-        if (form := retiling.becomes(self.layout, layout, self.matrix)) is not None:
+        if self.layout.sparse or layout.sparse:
+            moved = self._with_outliers(layout, rounded_reciprocal)
+        elif (form := retiling.becomes(self.layout, layout, self.matrix)) is not None:
             moved = retiling.tiled(self.layout, self.matrix, self.components, form)
         elif moves_as_bits(self.layout, layout, self.shape):
             moved = placement.repack(self.layout, layout, self.matrix, self.components)
@@ -151,6 +153,18 @@ class PackedTensor:
         else:
             moved = respelling.respell(self.layout, layout, self.matrix, self.components, rounded_reciprocal)
         return PackedTensor(layout, self.shape, moved, self.dtype)
+
+    def _with_outliers(self, layout: Layout, rounded_reciprocal: bool) -> dict[str, Array]:
+        """Components of another layout that has outliers: the dense ones repacked, the outliers stored anew."""
+        if reason := outliers.why_not(self.layout, layout):
+            raise LayoutError(f"{self.layout.name} to {layout.name}: {reason}")
+        apart = outliers.names(self.layout) if self.layout.sparse else frozenset()
+        mine = {name: array for name, array in self.components.items() if name not in apart}
+        dense = PackedTensor(outliers.dense(self.layout), self.shape, mine, self.dtype)
+        moved = dense.repack(outliers.dense(layout), rounded_reciprocal).components
+        found = outliers.read(self.layout, self.matrix, self.components)
+        parts = outliers.write(layout, self.matrix, found, exactly=True)
+        return {**moved, **placement.pack(outliers.alone(layout), self.matrix, parts)}
 
     def refuses(self, layout: Layout) -> str:
         """Why `repack` to this layout could never be exact; empty if it is, or if the numbers decide."""
@@ -165,6 +179,9 @@ def moves_as_bits(source: Layout, target: Layout, shape: tuple[int, ...]) -> boo
 
 def why_inexact(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
     """Why repacking must change a number; empty if it is exact, or if the numbers decide (`exact_if`)."""
+    if source.sparse or target.sparse:
+        reason = outliers.why_not(source, target)
+        return reason or why_inexact(outliers.dense(source), outliers.dense(target), shape)
     if only_places(source, target, shape) or retiling.comes_from(source, target, matrix(shape)):
         return ""
     return respelling.why_not(source, target, matrix(shape))
@@ -172,6 +189,9 @@ def why_inexact(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
 
 def exact_if(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
     """What must be true of the numbers for an exact repacking, in words; empty if nothing."""
+    if source.sparse or target.sparse:
+        needs = outliers.condition(source, target), exact_if(outliers.dense(source), outliers.dense(target), shape)
+        return " and ".join(filter(None, needs))
     if only_places(source, target, shape):
         return ""
     if retiling.comes_from(source, target, matrix(shape)):
@@ -181,11 +201,18 @@ def exact_if(source: Layout, target: Layout, shape: tuple[int, ...]) -> str:
 
 def only_places(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
     """Whether all numbers of one layout are numbers of the other, whatever they are."""
+    if source.sparse or target.sparse:
+        apart = outliers.why_not(source, target) or outliers.condition(source, target)
+        return not apart and only_places(outliers.dense(source), outliers.dense(target), shape)
     return retiling.becomes(source, target, matrix(shape)) is not None or moves_as_bits(source, target, shape)
 
 
 def respelled_bytes(source: Layout, target: Layout, shape: tuple[int, ...]) -> int:
     """Bytes that spelling a tensor anew holds beside its components."""
+    if source.sparse or target.sparse:
+        source, target = outliers.dense(source), outliers.dense(target)
+        held = prod(shape)  # of outliers, should an eighth of the weights be some
+        return held + (0 if only_places(source, target, shape) else respelled_bytes(source, target, shape))
     if retiling.comes_from(source, target, matrix(shape)):
         return retiling.HELD * prod(shape)
     return respelling.held(source, target, matrix(shape))
@@ -196,6 +223,8 @@ def encoding_bytes(layout: Layout, shape: tuple[int, ...], lossless: bool = Fals
     """Bytes that encoding a tensor holds at most beside its source and result: float32, codes, what lies between."""
     if dense_dtype(layout):
         return 5 * prod(shape)
+    if layout.sparse:  # the weight without outliers, what they are chosen by, and the dense result
+        return encoding_bytes(outliers.dense(layout), shape, lossless) + 13 * prod(shape)
     seen = respelling.view(layout, matrix(shape))
     planes = seen.planes if isinstance(seen, respelling.View) else 1
     blocks = len(layout.components) == 1 and layout.grid.name not in ("pairs", "tl2")
@@ -207,11 +236,16 @@ def encoding_bytes(layout: Layout, shape: tuple[int, ...], lossless: bool = Fals
 
 def same_numbers(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
     """Whether codes of both mean the same numbers times scales, or all are ternary: then nothing need be rounded."""
+    if source.sparse or target.sparse:
+        return not outliers.why_not(source, target) and same_numbers(
+            outliers.dense(source), outliers.dense(target), shape
+        )
     return retiling.comes_from(source, target, matrix(shape)) or respelling.alike(source, target, matrix(shape))
 
 
 def only_inverts(source: Layout, target: Layout, shape: tuple[int, ...]) -> bool:
     """Whether all that may be rounded is the scale of the whole tensor, which multiplies here and divides there."""
+    source, target = outliers.dense(source), outliers.dense(target)
     return respelling.inverts(source, target, matrix(shape))
 
 
@@ -248,10 +282,10 @@ class Codec:
 
     layout: Layout
     encoders: Mapping[str, Encoder]
-    weighted: tuple[str, ...] = ()
+    weighted: Collection[str] = ()
     fast: Mapping[str, Callable[[npt.NDArray[np.float32]], dict[str, Array] | None]] = field(default_factory=dict)
     remark: Remark | None = None
-    shared: tuple[str, ...] = ()
+    shared: Collection[str] = ()
     least_cols: int = 0
     together: Mapping[str, int] = field(default_factory=dict)
 
@@ -312,7 +346,11 @@ class Codec:
 
     def _of_nothing(self, shape: tuple[int, int], parts: Parts) -> Parts:
         """Parts of a weight without numbers: what one row or column would share is there all the same."""
-        wanted = {name: part.shape for name, part in self.layout.fit(*shape).parts.items() if name in parts}
+        wanted = {
+            name: part.shape
+            for name, part in self.layout.fit(*shape).parts.items()
+            if name in parts and name not in {s.name for s in self.layout.streams}
+        }
         return {
             name: array if array.shape == wanted.get(name, array.shape) else np.ones(wanted[name], array.dtype)
             for name, array in parts.items()

@@ -12,6 +12,8 @@ from typing import Any, Final
 from packfmt.errors import LayoutError
 from packfmt.layout import (
     BIT,
+    CODINGS,
+    COMBINE,
     DTYPES,
     MAX_EXTENT,
     REST,
@@ -24,6 +26,7 @@ from packfmt.layout import (
     Digit,
     Grid,
     Layout,
+    Sparse,
     Stream,
     Values,
     bounded,
@@ -41,7 +44,9 @@ def write(layout: Layout) -> dict[str, Any]:
         "axes": [_axis_json(a) for a in layout.axes],
         "components": [_component_json(c) for c in layout.components],
         "grid": {"name": layout.grid.name, **{key: _lists(value) for key, value in layout.grid.params}},
-    } | ({"hadamard": layout.hadamard} if layout.hadamard else {})
+        **({"hadamard": layout.hadamard} if layout.hadamard else {}),
+        **({"sparse": {"coding": s.coding, "combine": s.combine}} if (s := layout.sparse) else {}),
+    }
 
 
 def read(data: Any) -> Layout:
@@ -129,7 +134,7 @@ class _Reader:
         return str(data)
 
     def layout(self, data: Any) -> Layout:
-        data = self.record(data, "a layout", "name axes components grid", "hadamard")
+        data = self.record(data, "a layout", "name axes components grid", "hadamard sparse")
         axes = tuple(self.axis(a) for a in self.items(data["axes"], "axes"))
         components = tuple(self.component(c) for c in self.items(data["components"], "components"))
         params = data["grid"]
@@ -138,7 +143,17 @@ class _Reader:
         read = {self.text(key, "a grid parameter"): self.parameter(value) for key, value in params.items()}
         function = Grid(self.text(read.pop("name", None), "the grid"), tuple(sorted(read.items())))
         size = self.number(data["hadamard"], "hadamard", 2, MOST_HADAMARD) if "hadamard" in data else 0
-        return Layout(self.text(data["name"], "the name"), components, function, axes, hadamard=size)
+        return Layout(
+            self.text(data["name"], "the name"), components, function, axes, hadamard=size, sparse=self.sparse(data)
+        )
+
+    def sparse(self, layout: dict[str, Any]) -> Sparse | None:
+        if "sparse" not in layout:
+            return None
+        data = self.record(layout["sparse"], "sparse", "coding combine")
+        return Sparse(
+            self.choice(data["coding"], "a coding", CODINGS), self.choice(data["combine"], "combine", COMBINE)
+        )
 
     def parameter(self, data: Any, deep: int = 0) -> Any:
         """A number, a text, or numbers and texts in lists of lists at most."""
@@ -233,6 +248,10 @@ def check(layout: Layout) -> None:
     bounded(layout.name, "hadamard", layout.hadamard, 0, MOST_HADAMARD)
     if layout.hadamard and (layout.hadamard == 1 or layout.hadamard & layout.hadamard - 1):
         raise LayoutError(f"{layout.name}: hadamard is {layout.hadamard}, needs a power of two")
+    if (sparse := layout.sparse) and (sparse.coding not in CODINGS or sparse.combine not in COMBINE):
+        raise LayoutError(f"{layout.name}: sparse is {sparse}, needs one of {', '.join((*CODINGS, *COMBINE))} each")
+    if layout.sparse and layout.hadamard:
+        raise LayoutError(f"{layout.name}: outliers of rotated columns, needs one or the other")
     names = [c.name for c in layout.components]
     for c in layout.components:
         where = f"{layout.name}.{c.name}"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import minifloat
+from packfmt import minifloat, outliers
 from packfmt.errors import LayoutError
 from packfmt.layout import Codes, Grid, Layout
 from packfmt.placement import Array, Arrays, unpack
@@ -26,6 +26,7 @@ from packfmt.spellings import SPELLINGS, scales
 
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
+ANY_NUMBER = ("values", "outliers")  # parts that may hold NaN, or are looked at elsewhere
 COLUMNS = ("columns", "column_values")  # parts that stand beside those of any grid
 STRIP = 1 << 18  # weights computed at a time; keeps temporaries in the cache
 
@@ -108,6 +109,16 @@ def affine_zero(parts: Arrays) -> Floats:
     """
     steps = parts["codes"].astype(F32)
     return _times(_each(np.subtract, steps, parts["zero"].astype(F32)), _float32(parts["scale"]))
+
+
+def codebook(parts: Arrays) -> Floats:
+    """w = codebook[row, code], converted to float32: entries that each row has of its own.
+
+    `codes` (rows, cols, 1), `codebook` (rows, 1, entries).
+    """
+    codes, tables = parts["codes"][..., 0], _float32(parts["codebook"][:, 0])
+    each = np.repeat(tables, len(codes) // max(1, len(tables)), 0)
+    return np.take_along_axis(each, codes.astype(np.intp), 1)
 
 
 def augmented(parts: Arrays, *, residual: int, group: int, **params: str) -> Floats:
@@ -229,6 +240,7 @@ GRIDS: dict[str, Callable[..., Floats]] = {
     "either": either,
     "hif4": hif4,
     "affine_zero": affine_zero,
+    "codebook": codebook,
     "augmented": augmented,
     "quads": quads,
     "quads_in_fives": quads_in_fives,
@@ -358,6 +370,11 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays) -> Floats
     """
     from packfmt.kernels import threads
 
+    if layout.sparse:
+        kept = outliers.names(layout)
+        weights = decode(outliers.without(layout), shape, {k: v for k, v in components.items() if k not in kept})
+        outliers.combine(layout, shape, components, weights)
+        return weights
     rows, cols = shape
     if layout.axes[0].of != "rows":
         raise LayoutError(f"{layout.name}: its first axis is {layout.axes[0].name!r}, needs one of rows")
@@ -406,7 +423,11 @@ def findings(layout: Layout, parts: Arrays) -> list[str]:
     for name, array in parts.items():
         if (most := levels.get(name)) and (bad := int((array >= most).sum())):
             out.append(f"{bad} of {array.size} {name} are {most} or above, which no encoder writes")
-        if array.dtype.kind in "fV" and name != "values" and (bad := int((~np.isfinite(array)).sum())):
+        if (
+            array.dtype.kind in "fV"
+            and name not in ("values", "outliers")
+            and (bad := int((~np.isfinite(array)).sum()))
+        ):
             out.append(f"{bad} of {array.size} numbers of {name} are not finite")
     if layout.grid.name in ("base3", "plane_base3", "tl2") and (bad := _unused_bytes(layout.grid, parts["codes"])):
         out.append(f"{bad} of {parts['codes'].size} bytes of codes are none of those that digits of base 3 give")

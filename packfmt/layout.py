@@ -43,6 +43,8 @@ DTYPES: Final = (
     *("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
 )
 WORDS: Final = ("u1", "<u2", "<u4", "<u8")
+CODINGS: Final = ("csr", "csr_merged", "tiles_merged", "ell", "gaps")  # of outliers' places
+COMBINE: Final = ("add", "replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,18 @@ def grid(name: str, **params: Any) -> Grid:
 
 
 @dataclass(frozen=True, slots=True)
+class Sparse:
+    """Numbers of single weights beside those that the grid gives: outliers (`outliers` reads and writes them).
+
+    coding : how parts say where they are, one of `CODINGS`
+    combine : "add", to the number that the grid gives there; or "replace" it
+    """
+
+    coding: str
+    combine: str
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """A format's geometry and grid. The name is for life: other bytes, other name.
 
@@ -163,6 +177,7 @@ class Layout:
 
     hadamard : what is stored is the weight times the normalised Hadamard matrix of this size, for every so many
         neighbouring columns; decoding undoes it (`kernels.hadamard`). 0: stored as it is
+    sparse : how some weights differ from what the grid gives; None: they do not
     """
 
     name: str
@@ -173,11 +188,12 @@ class Layout:
     sources: tuple[str, ...] = field(default=(), compare=False)
     also: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # (container, its name)
     hadamard: int = 0
+    sparse: Sparse | None = None
     _hash: int = field(default=0, init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
         if not self._hash:  # found once: a plan asks for it with every step
-            mine = hash((self.name, self.components, self.grid, self.axes, self.hadamard))
+            mine = hash((self.name, self.components, self.grid, self.axes, self.hadamard, self.sparse))
             object.__setattr__(self, "_hash", mine or 1)
         return self._hash
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from packfmt import fused, placement, tilings
+from packfmt import fused, outliers, placement, tilings
 from packfmt.errors import LayoutError, PackfmtError
 from packfmt.grids import scale_numbers
 from packfmt.layout import Codes, Component, Digit, Layout, Values
@@ -83,6 +83,8 @@ def product(layout: Layout, shape: Shape, components: Arrays, batch: int = 1) ->
 
 
 def _product(layout: Layout, shape: Shape, components: Arrays, batch: int) -> Product:
+    if layout.sparse:
+        return _with_outliers(layout, shape, components, batch)
     if (of := meaning(layout, shape)) is None or not shape[0] or not shape[1]:
         return _numbers(layout, shape, components)
     tiled = retile(layout, shape, components, batch)
@@ -104,6 +106,27 @@ def _whole(layout: Layout, components: Arrays, shape: Shape, way: Multiply, part
     if layout.hadamard:
         way = _after_hadamard(way, layout.hadamard)
     return Product(layout, components, shape, way)
+
+
+def _with_outliers(layout: Layout, shape: Shape, components: Arrays, batch: int) -> Product:
+    """The product of the dense part, to which the outliers of each row are added, one after the other."""
+    from packfmt.kernels import outliers as kernel
+
+    apart = outliers.names(layout)
+    dense = {name: array for name, array in components.items() if name not in apart}
+    ready, found = _product(outliers.without(layout), shape, dense, batch), outliers.read(layout, shape, components)
+    if layout.sparse and layout.sparse.combine == "replace":
+        found = outliers.added(layout, shape, found, fused.decode(outliers.without(layout), shape, dense))
+    more = kernel.Product(*found)
+
+    def multiply(x: Floats, out: Floats) -> None:
+        ready.way(x, out)
+        more(x, out)
+
+    held = {**ready.components, **{name: components[name] for name in apart}}
+    return replace(
+        ready, layout=outliers.onto(ready.layout, layout) if ready.tiled else layout, components=held, way=multiply
+    )
 
 
 def _after_hadamard(way: Multiply, block: int) -> Multiply:
@@ -136,6 +159,10 @@ def disagree(layout: Layout, shape: Shape, components: Arrays) -> int:
 
     Both take the same random activations. 0 for layouts without a tiling, whose numbers are decoded.
     """
+    if layout.sparse:  # whose outliers go one way only
+        apart = outliers.names(layout)
+        components = {name: array for name, array in components.items() if name not in apart}
+        layout = outliers.without(layout)
     ready = product(layout, shape, components)
     of = meaning(layout, shape)
     if of is None or not ready.tiled:  # decoded, or plain itself

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from packfmt import checkpoint, grids, placement, products, slices
+from packfmt import checkpoint, grids, outliers, placement, products, slices
 from packfmt.checkpoint import Checkpoint
 from packfmt.codec import Array, PackedTensor, dense_dtype, dense_values, is_float, matrix
 from packfmt.errors import ContainerError, LayoutError, MismatchError, PlanError
@@ -41,6 +41,7 @@ RULES: dict[str, tuple[str, str]] = {
     "PF113": ("error", "a layout bears the name of an installed format and means other bytes"),
     "PF120": ("error", "a number that no encoder writes: a scale that is not finite, a code beyond the levels"),
     "PF121": ("error", "bits that no member holds are not zero, so packing again gives other bytes"),
+    "PF123": ("error", "an outlier is where none can be, out of order, there twice, or no finite number"),
     "PF122": ("warning", "a dense tensor holds NaN or infinity"),
 }
 
@@ -162,6 +163,10 @@ def tensor_findings(tensor: PackedTensor) -> list[tuple[str, str]]:
         return [("PF122", f"{bad} of {values.size} numbers are not finite")] if bad else []
     parts = tensor.unpack()
     found = [("PF120", message) for message in grids.findings(tensor.layout, parts)]
+    try:
+        outliers.read(tensor.layout, tensor.matrix, tensor.components)
+    except LayoutError as error:
+        found.append(("PF123", str(error).removeprefix(f"{tensor.layout.name}: ")))
     again = placement.pack(tensor.layout, tensor.matrix, parts)
     for name, array in tensor.components.items():
         bad = int((_bytes(array) != _bytes(again[name])).sum())

@@ -1,6 +1,6 @@
 """The import law: who may know whom, and what starting up may load.
 
-    errors <- minifloat, layout <- placement <- spellings <- grids, respelling, fused
+    errors <- minifloat, layout <- placement <- outliers, spellings <- grids, respelling, fused
            <- meaning <- tilings <- retiling <- products <- codec
            <- prepared, slices, plan, codecs, exporters <- checkpoint <- verify <- conversion <- hub, bench, cli
 
@@ -27,21 +27,22 @@ LAW = {
     "description": "layout",
     "placement": "layout kernels",
     "spellings": "minifloat placement kernels",
-    "grids": "layout minifloat placement spellings kernels",
+    "outliers": "layout placement kernels",
+    "grids": "layout minifloat placement outliers spellings kernels",
     "respelling": "layout minifloat placement spellings grids",
-    "fused": "layout minifloat placement grids kernels",
+    "fused": "layout minifloat placement outliers grids kernels",
     "meaning": "layout minifloat placement spellings grids respelling",
     "tilings": "layout minifloat meaning",
     "retiling": "layout minifloat placement spellings fused meaning tilings kernels",
-    "products": "layout placement grids respelling fused meaning tilings retiling kernels",
-    "codec": "layout placement grids respelling fused retiling products kernels",
+    "products": "layout placement outliers grids respelling fused meaning tilings retiling kernels",
+    "codec": "layout placement outliers grids respelling fused retiling products kernels",
     "prepared": "layout codec products",
     "plan": "layout codec",
-    "codecs": "layout minifloat placement spellings grids meaning tilings retiling codec slices kernels",
+    "codecs": "layout minifloat placement outliers spellings grids meaning tilings retiling codec slices kernels",
     "slices": "layout codec",
     "exporters": "layout codec slices plan",
     "checkpoint": "layout placement grids codec plan codecs exporters",
-    "verify": "layout placement grids products codec slices plan codecs exporters checkpoint kernels",
+    "verify": "layout placement outliers grids products codec slices plan codecs exporters checkpoint kernels",
     "conversion": "layout placement grids codec slices plan codecs exporters checkpoint kernels verify",
     "bench": "layout codec codecs prepared kernels",
     "hub": "layout codec plan codecs exporters checkpoint conversion verify",

@@ -84,6 +84,14 @@ def damaged(layout: str, component: str, at: int, value: bytes) -> bytes:
     return whole("safetensors", ("layer.weight", packed))
 
 
+def with_outliers(component: str, at: int, value: Callable[[Any], Any]) -> bytes:
+    """A file with outliers, of which one number is another, with checksums to match."""
+    packed = codecs.get("q4_0_csr").encode(weight(256), "magnitude:1%")
+    stored = packed.components[component]
+    stored[at] = value(stored)
+    return whole("safetensors", ("layer.weight", packed))
+
+
 @case("truncated.safetensors", "PF101")
 def _() -> bytes:
     """The last ten bytes are missing."""
@@ -228,6 +236,36 @@ def _() -> bytes:
     layout = Layout("ten_in_a_word", (Component("words", (rows(), cols(10)), (member,)),), grid("plain"))
     words = np.full((4, 2), 1 << 30, "<u4")
     return whole("safetensors", ("layer.weight", PackedTensor(layout, (4, 20), {"words": words})))
+
+
+@case("unsorted_outliers.safetensors", "PF123")
+def _() -> bytes:
+    """A column stands before one to the left of it; checksums agree."""
+    return with_outliers("outlier_columns", 0, lambda columns: columns[1] + 1)
+
+
+@case("outlier_twice.safetensors", "PF123")
+def _() -> bytes:
+    """A row names a column twice; checksums agree."""
+    return with_outliers("outlier_columns", 1, lambda columns: columns[0])
+
+
+@case("outlier_beyond_the_matrix.safetensors", "PF123")
+def _() -> bytes:
+    """An outlier's column is the number of columns; checksums agree."""
+    return with_outliers("outlier_columns", -1, lambda columns: 256)
+
+
+@case("outlier_pointers_go_back.safetensors", "PF123")
+def _() -> bytes:
+    """A row's outliers begin before those of the row above; checksums agree."""
+    return with_outliers("outlier_rows", 1, lambda begins: begins[-1] + 1)
+
+
+@case("outlier_is_nan.safetensors", "PF123")
+def _() -> bytes:
+    """An outlier's value is NaN; checksums agree."""
+    return with_outliers("outliers", 0, lambda values: np.nan)
 
 
 @case("dense_nan.safetensors", "PF122")

@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 import fp4_twin
 import house
+import outlier_twin
 from ternary_twin import TWINS, Twin, numbers, ptq161, ptq161_numbers
 from ternary_twin import VERSION as TWIN
 
@@ -299,6 +300,19 @@ def made_by_scaled_twin(name: str) -> Made:
     return out
 
 
+def made_by_outlier_twin(name: str) -> Made:
+    """Any codes, tables and outliers of a format that tools/outlier_twin.py writes, and what they decode to."""
+    one = outlier_twin.TWINS[name]
+    parts = one.draw(6, 640, np.random.default_rng(SEED))
+    by = {"tool": "outlier_twin", "version": outlier_twin.VERSION, "source": "tools/outlier_twin.py", "seed": SEED}
+    by["numpy"] = np.__version__
+    out: Made = {}
+    how = {**by, "call": f"TWINS[{name!r}].write(parts)", "what": "any codes and outliers"}
+    components(out, "random", one.write(parts), how)
+    how = {**by, "call": f"TWINS[{name!r}].weights(parts)", "what": "random decoded"}
+    return out | {"random.f32": (one.weights(parts), how)}
+
+
 def read_by_gguf(name: str) -> Made:
     """nvfp4_plain: the twin's bytes, and the numbers of gguf, which reads this type but does not write it."""
     made = made_by_scaled_twin(name)
@@ -521,6 +535,8 @@ def make(name: str) -> Made:
     """All vectors of a format."""
     if name in fp4_twin.TWINS:
         return made_of_scales(name)
+    if name in outlier_twin.TWINS:
+        return made_by_outlier_twin(name)
     if name in RANDOM_BLOCKS:
         return made_by_gguf(name)
     if name == "ptq161":
@@ -546,7 +562,7 @@ def write(name: str, made: Made, manifest: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     manifest = json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
-    every = (*RANDOM_BLOCKS, "bitnet", "bitnet_divide", "ptq161", *TWINS, *fp4_twin.TWINS)
+    every = (*RANDOM_BLOCKS, "bitnet", "bitnet_divide", "ptq161", *TWINS, *fp4_twin.TWINS, *outlier_twin.TWINS)
     findings = [line for name in sys.argv[1:] or every for line in write(name, make(name), manifest)]
     MANIFEST.parent.mkdir(parents=True, exist_ok=True)
     MANIFEST.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")

@@ -42,8 +42,11 @@ FAMILIES = {  # module -> the formats that it holds
 }
 BASES = "mxfp4|mxfp4_pairs|nvfp4|nvfp4_plain|nvfp4_modelopt|nvfp4_ct"
 ROTATED = f"{BASES}|mxfp6_e2m3|mxfp6_e3m2|mxfp8_e4m3|mxint8|nvint4|if4|hif4|q4_0|q8_0"
+SPARSE = r"(csr|ell[1-9]\d{0,4}|gaps)(_32)?(_f32|_bf16)?(_replace)?"
 PATTERNS = {  # module -> the names that it makes formats of: an expression, and how people write it
     "arcquant": (r"arcquant_[1-9]\d{0,4}", "arcquant_<channels>"),
+    "codebook": (r"cb[2-8](_f32|_bf16)?", "cb<bits>"),
+    "dense_sparse": (rf"[a-z0-9_]+_{SPARSE}", "<format>_csr, _ell<n> or _gaps"),
     "minifloats": (r"e[1-6]m[0-6](b\d{1,2})?_(tensor|row|g[1-9]\d{0,4})", "e<E>m<M>_<tensor, row or g<n>>"),
     "nvfp4_experts": (r"nvfp4_x[1-9]\d{0,3}", "nvfp4_x<experts>"),
     "outlier_channels": (rf"({BASES})_out[1-9]\d{{0,3}}", "<4-bit float>_out<columns>"),
@@ -56,6 +59,8 @@ PATTERNS = {  # module -> the names that it makes formats of: an expression, and
 }
 EXAMPLES = {  # module -> some of the names, to show what they mean
     "arcquant": ("arcquant_64",),
+    "codebook": ("cb3", "cb4"),
+    "dense_sparse": ("mxfp4_csr", "ct_int3_g128_ell16", "mxfp4_pairs_gaps"),
     "minifloats": ("e3m2_g32",),
     "mote": ("mote_8",),
     "nvfp4_experts": ("nvfp4_x8",),
@@ -68,6 +73,8 @@ EXAMPLES = {  # module -> some of the names, to show what they mean
 }
 NEARLY = {  # module -> what names look like that were meant for it
     "arcquant": r"arcquant.*",
+    "codebook": r"cb\d*.*",
+    "dense_sparse": r".*_(csr|ell|gaps).*",
     "minifloats": r"e\d+m\d+.*",
     "mote": r"mote.*",
     "nvfp4_experts": r"nvfp4_x.*",

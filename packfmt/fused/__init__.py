@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from packfmt import grids
+from packfmt import grids, outliers
 from packfmt.errors import LayoutError
 from packfmt.fused.formulas import Formula, formula_of
 from packfmt.fused.scales import Scaling, scales_of
@@ -57,6 +57,8 @@ def decode(
         If a component is not what the layout says, its grid does not fit its parts, or `out` is
         another array than this.
     """
+    if out is None and layout.sparse:
+        return _with_outliers(layout, shape, components, np.empty(shape, F32))
     if out is None:
         target = np.empty(shape, F32)
         run = decoder(layout)
@@ -64,10 +66,22 @@ def decode(
     narrow = out.dtype != F32
     if out.shape != shape or not out.flags.carray or (narrow and out.dtype.name != "bfloat16"):
         raise LayoutError(f"out is {out.dtype} {out.shape}, needs a writable C-contiguous float32 or bfloat16 {shape}")
+    if layout.sparse:
+        return _with_outliers(layout, shape, components, out)
     through, target = out.nbytes >= LEAST_THROUGH and not fresh, out.view(np.uint16) if narrow else out
     run = decoder(layout)
     if not run or not run(shape, components, target, through):
         _convert(grids.decode(layout, shape, components), target, through)
+    return out
+
+
+def _with_outliers(layout: Layout, shape: tuple[int, int], components: Arrays, out: Array) -> Array:
+    apart = outliers.names(layout)
+    dense = {name: array for name, array in components.items() if name not in apart}
+    weights = decode(outliers.without(layout), shape, dense, out if out.dtype == F32 else None)
+    outliers.combine(layout, shape, components, weights)
+    if out.dtype != F32:
+        _convert(weights, out.view(np.uint16), False)
     return out
 
 
