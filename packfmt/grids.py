@@ -29,6 +29,8 @@ Floats = npt.NDArray[np.float32]
 ANY_NUMBER = ("values", "outliers")  # parts that may hold NaN, or are looked at elsewhere
 COLUMNS = ("columns", "column_values")  # parts that stand beside those of any grid
 STRIP = 1 << 18  # weights computed at a time; keeps temporaries in the cache
+SPQR_TILE = 16  # rows and columns that have numbers in common
+TOGETHER = {"spqr": SPQR_TILE}  # rows that a grid computes together
 
 
 # ---------------------------------------------------------------- formulas
@@ -230,6 +232,33 @@ def ptq161(parts: Arrays) -> Floats:
     return stored.take(np.where(few, np.cumsum(few), count + np.cumsum(~few)) - 1, 1)
 
 
+def spqr(parts: Arrays) -> Floats:
+    """w = s * (code - z), where s = ss * (scale - zs) and z = sz * (zero - zz), all codes of three bits.
+
+    Every operation rounds to float16. ss, sz, zs and zz are float16, of 16 rows and as many columns as share a `scale`:
+    the eight bytes of `second_order` (rows, groups) in rows 0, 2, 4 ... of the 16.
+    """
+    scale, zero, stored = parts["scale"], parts["zero"], parts["second_order"]
+    tiles, groups = len(stored) // SPQR_TILE, stored.shape[1]
+    halves = np.ascontiguousarray(stored.reshape(tiles, 8, 2, groups)[:, :, 0].transpose(0, 2, 1)).view("<f2")
+    ss, sz, zs, zz = (halves[:, None, :, i] for i in range(4))
+    with np.errstate(all="ignore"):
+        s, z = (
+            spqr_scales(codes.reshape(tiles, SPQR_TILE, groups), by, less)[..., None]
+            for codes, by, less in ((scale, ss, zs), (zero, sz, zz))
+        )
+        numbers = ((np.arange(8, dtype=np.float16) - z) * s).astype(F32)
+    codes = parts["codes"]
+    each = codes.reshape(tiles, SPQR_TILE, groups, -1).astype(np.intp)
+    return np.take_along_axis(numbers, each, 3).reshape(codes.shape)
+
+
+def spqr_scales(codes: Array, by: npt.NDArray[np.float16], less: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
+    """by * (code - less), of which both operations round to float16."""
+    found: npt.NDArray[np.float16] = by * (codes.astype(np.float16) - less)
+    return found
+
+
 GRIDS: dict[str, Callable[..., Floats]] = {
     "plain": plain,
     "affine": affine,
@@ -251,6 +280,7 @@ GRIDS: dict[str, Callable[..., Floats]] = {
     "pairs": pairs,
     "tl2": tl2,
     "ptq161": ptq161,
+    "spqr": spqr,
 }
 
 
@@ -384,6 +414,7 @@ def decode(layout: Layout, shape: tuple[int, int], components: Arrays) -> Floats
     out = np.empty(shape, F32)
     # a strip is a whole number of the rows that share an element of any part, unless all rows share it
     shared = lcm(*(max(1, rows // max(1, p.shape[0])) for p in parts.values() if p.shape[0] != 1))
+    shared = lcm(shared, TOGETHER.get(layout.grid.name, 1))
     step = shared * max(1, STRIP // max(1, cols * shared))
     if layout.axes[0].of != "rows" or layout.axes[0].per != 1:
         step = max(1, rows)
@@ -441,6 +472,8 @@ def findings(layout: Layout, parts: Arrays) -> list[str]:
         out.append(f"{bad} columns that are stored twice differ from their copies")
     if layout.grid.name == "ptq161" and (got := int(parts["mask"].sum())) != (need := _salient(parts)):
         out.append(f"mask names {got} of {parts['mask'].size} columns, needs {need}")
+    if layout.grid.name == "spqr" and (bad := _unlike_bytes(parts)):
+        out.append(f"{bad} bytes of second_order differ between the two rows that have them")
     if "perm" in parts and not np.array_equal(np.sort(parts["perm"], None), np.arange(parts["perm"].size)):
         out.append(f"perm does not name each of {parts['perm'].size} columns once")
     if layout.grid.name == "table" and "scale" in parts and (bad := int((parts["scale"] == 255).sum())):
@@ -459,6 +492,14 @@ def _other_copies(grid: Grid, parts: Arrays) -> int:
 def _salient(parts: Arrays) -> int:
     """How many columns of a `ptq161` are in four bits."""
     return int(np.prod(parts["codes"].shape[1:]))
+
+
+def _unlike_bytes(parts: Arrays) -> int:
+    """How many bytes of a `spqr` that are stored twice are not the same in both rows."""
+    stored = parts.get("second_order")
+    if stored is None or len(stored) % 2:  # which decoding refuses
+        return 0
+    return int((stored[::2] != stored[1::2]).sum())
 
 
 def _unused_bytes(grid: Grid, codes: Array) -> int:

@@ -27,6 +27,7 @@ NAMES = (*codecs.names(), *NUMBERED)
 WHOLE = {  # a digit of the rows does not stand at the beginning
     *("bitnet", "bitnet_divide"),  # row r and those a quarter of all rows further share a byte
     *("mote_4", "nvfp4_x4"),  # as many scales as experts, whatever the rows
+    *(n for n in codecs.names() if codecs.get(n).layout.streams),  # outliers, as many as there are
 }
 
 

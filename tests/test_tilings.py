@@ -37,6 +37,7 @@ Shape = tuple[int, int]
 WITHOUT = {
     *("f32", "f16", "bf16", "if4", "if4_h16", "ptq161", "nvfp4_rows", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp8_e4m3_h64"),
     *("e4m3_tensor", "e5m0_g8", "ct_int4_g4", *codecs.FAMILIES["fp8"]),
+    *("spqr", *codecs.FAMILIES["squeezellm"]),
 }
 OF_QUADS = {n for n in NAMES if layout_of(n).grid.name in ("quads", "quads_in_fives")}
 TILED = [n + "_tile16" for n in NAMES if n not in WITHOUT]

@@ -303,7 +303,8 @@ def made_by_scaled_twin(name: str) -> Made:
 def made_by_outlier_twin(name: str) -> Made:
     """Any codes, tables and outliers of a format that tools/outlier_twin.py writes, and what they decode to."""
     one = outlier_twin.TWINS[name]
-    parts = one.draw(6, 640, np.random.default_rng(SEED))
+    shape = (6, 640) if one.least[0] <= 6 else (2 * one.least[0], 64)
+    parts = one.draw(*shape, np.random.default_rng(SEED))
     by = {"tool": "outlier_twin", "version": outlier_twin.VERSION, "source": "tools/outlier_twin.py", "seed": SEED}
     by["numpy"] = np.__version__
     out: Made = {}

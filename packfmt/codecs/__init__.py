@@ -21,6 +21,7 @@ from packfmt.codec import Codec
 from packfmt.errors import PlanError
 
 SHERRY = ("sherry", "sherry_s16", "sherry_s16_perm", "sherry_g128", "sherry_row", "sherry_t32", "sherry_t32_s16")
+SPQR = ("spqr", "spqr_merged_add", "spqr_merged_replace", "spqr_tiles_add", "spqr_tiles_replace")
 TRIT_PLANES = (
     *(f"ptqtp{n}{how}" for n in (1, 2, 3, 4) for how in ("", "_b3")),
     *(f"ptqtp{n}{how}_tied" for n in (2, 3, 4) for how in ("", "_b3")),
@@ -38,6 +39,8 @@ FAMILIES = {  # module -> the formats that it holds
     "nvfp4": NVFP4,
     "q2_0": ("q2_0", "pq2_0"),
     "sherry": SHERRY,
+    "spqr": SPQR,
+    "squeezellm": ("squeezellm_w3", "squeezellm_w4"),
     "trit_planes": TRIT_PLANES,
 }
 BASES = "mxfp4|mxfp4_pairs|nvfp4|nvfp4_plain|nvfp4_modelopt|nvfp4_ct"

@@ -53,11 +53,11 @@ def codec(name: str) -> Codec:
         purpose=f"{bits}-bit codes, a codebook of {dtype_of(dtype).name} for each row",
         sources=("SqueezeLLM, arXiv 2306.07629, section 4.1",),
     )
-    encoders = {rule: partial(_encode, rule=rule, layout=layout) for rule in CHOOSE}
+    encoders = {rule: partial(encode, rule=rule, layout=layout) for rule in CHOOSE}
     return Codec(layout, encoders, tuple(CHOOSE))
 
 
-def _encode(
+def encode(
     weight: np.ndarray, *, rule: str, layout: Layout, importance: np.ndarray | None = None, **_: Any
 ) -> dict[str, np.ndarray]:
     """Entries of least squared error, rounded to their dtype, and for each weight the nearest; of two the lower."""
