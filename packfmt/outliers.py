@@ -43,7 +43,7 @@ PARTS: Final = {
 }
 EVERY: Final = frozenset(name for names in PARTS.values() for name in names)
 TILE: Final = 16  # rows that take turns in `tiles_merged`
-FAR: Final = 255  # a gap of so many columns, without an outlier behind it
+MINUS_ZERO: Final = np.uint32(1 << 31)  # a merged word: -0 in column 0
 MOST: Final = 1 << 32  # outliers of a weight
 
 
@@ -323,6 +323,7 @@ def write(layout: Layout, shape: Shape, found: Outliers, exactly: bool = False) 
         words = _joined(layout.name, found.columns, values)
         if coding == "csr_merged":
             return {"outlier_rows": _shaped(layout, shape, "outlier_rows", found.ends), "outliers": words}
+        words = np.where(words == 0, MINUS_ZERO, words)  # for a word of zeros is no outlier
         ends, words = _in_tiles(shape, found, words)
         return {"outlier_rows": _shaped(layout, shape, "outlier_rows", ends), "outliers": words}
     if coding == "gaps":
@@ -386,10 +387,7 @@ def _joined(name: str, columns: Array, values: Array) -> Array:
 
 
 def _in_tiles(shape: Shape, found: Outliers, words: Array) -> tuple[npt.NDArray[np.int64], Array]:
-    """Rows of 16 taking turns, filled up with words of zeros.
-
-    An outlier of +0 in column 0 is such a word itself; it changes nothing, and comes last so.
-    """
+    """Rows of 16 taking turns, filled up with words of zeros."""
     counts = np.zeros(-(-shape[0] // TILE) * TILE, np.int64)
     counts[: shape[0]] = np.diff(found.ends)
     deep = counts.reshape(-1, TILE).max(1, initial=0)

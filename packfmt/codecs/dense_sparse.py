@@ -32,6 +32,7 @@ NAME: Final = re.compile(r"(.+)_(?:csr|ell([1-9]\d{0,4})|(?P<gaps>gaps))(_32)?(_
 DTYPES: Final = {None: "<f2", "_f32": "<f4", "_bf16": "bfloat16"}
 BUDGET: Final = re.compile(r"(\w+)(?::(\d+(?:\.\d+)?)(%|bits))?")
 USUAL: Final = (0.45, "%")  # SqueezeLLM's: 0.4 of large weights, 0.05 of sensitive ones
+FREE: Final = ("codebook", "spqr")  # grids that may have no number near zero, so that zeros are not for nothing
 RULES: Final = ("magnitude", "sensitivity")
 SOURCES: Final = ("SqueezeLLM, arXiv 2306.07629, section 4.2", "SpQR, arXiv 2306.03078, section 4")
 
@@ -187,7 +188,7 @@ class Apart:
 
     def _encoded(self, weight: Floats, importance: Floats | None, chosen: Mask | None, **more: Any) -> PackedTensor:
         """The dense part; what is `chosen` does not count to an encoder that would mind a zero there."""
-        if importance is None and self.base.layout.grid.name == "codebook" and chosen is not None:
+        if importance is None and self.base.layout.grid.name in FREE and chosen is not None:
             importance = np.ones((1, 1), F32)
         if importance is not None and chosen is not None:
             importance = np.where(chosen, F32(0), importance)
