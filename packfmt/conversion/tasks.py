@@ -341,7 +341,7 @@ def _digest(importance: Costs) -> str:
     digest = sha256()
     for name in sorted(importance):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(importance[name]).data)
+        digest.update(np.ascontiguousarray(importance[name]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest() if importance else "none"
 
 
