@@ -16,9 +16,11 @@ from packfmt import checkpoint, codecs, grids, outliers, placement, verify
 from packfmt.cli import run
 from packfmt.codec import PackedTensor
 from packfmt.errors import LayoutError, PlanError
+from packfmt.kernels import simd
 from packfmt.layout import CODINGS, Axis, Component, Digit, Layout, Sparse, Stream, Values, dtype_of
 from packfmt.outliers import Outliers
 from tests import slow_products
+from tests.converting import in_a_fresh_process
 from tests.models import folder, same
 from tests.pages import MANIFEST, SPEC, examples, spelled
 
@@ -91,6 +93,7 @@ def test_a_number_is_the_dense_one_and_its_outlier(name: str) -> None:
     assert same(out, expected.astype(out.dtype))
 
 
+@pytest.mark.kernels
 @every
 def test_a_product_adds_outliers_last_and_in_their_order(name: str) -> None:
     packed, x = of(name), heavy(3, SHAPE[1], seed=1)
@@ -107,6 +110,7 @@ def test_a_product_adds_outliers_last_and_in_their_order(name: str) -> None:
     assert same(ready.packed.decode(), packed.decode())
 
 
+@pytest.mark.kernels
 def test_more_outliers_than_are_multiplied_at_once() -> None:
     weight = heavy(40, 512)
     packed, x = of("mxfp4_csr", weight, "magnitude:30%"), heavy(2, 512, seed=3)
@@ -114,6 +118,36 @@ def test_more_outliers_than_are_multiplied_at_once() -> None:
     for row, column, value in places(packed):
         expected[:, row] = expected[:, row] + F32(value) * x[:, column]
     assert len(places(packed)) > 4096 and same(packed.matmul(x), expected)
+
+
+def multiplied_elsewhere() -> None:
+    """In a fresh process: its level, and whether products of all kinds of outliers have the bits that loops give."""
+    from packfmt.kernels import outliers as kernel
+    from packfmt.kernels import simd
+
+    rng, good = np.random.default_rng(0), []
+    for dtype in ("<f2", "bfloat16", "<f4"):
+        for wide in (np.uint16, np.uint32):
+            mask = rng.random((37, 90)) < 0.2
+            mask[5], mask[6] = False, True
+            values = rng.standard_normal(int(mask.sum())).astype(dtype_of(dtype))
+            ends = np.concatenate([[0], np.cumsum(mask.sum(1))])
+            rows, columns = np.nonzero(mask)
+            x, out = rng.standard_normal((2, 90)).astype(F32), rng.standard_normal((2, 37)).astype(F32)
+            expected = out.copy()
+            for row, column, value in zip(rows, columns, values.astype(F32), strict=True):
+                expected[:, row] = expected[:, row] + value * x[:, column]
+            kernel.Product(ends, columns.astype(wide), values)(x, out)
+            good.append(out.tobytes() == expected.tobytes())
+    print(simd.LEVEL, good.count(True), len(good))
+
+
+@pytest.mark.skipif(simd.INTERPRETED, reason="nothing is compiled, so there are no levels")
+@pytest.mark.parametrize("level", simd.LEVELS)
+def test_every_level_adds_the_same_bits(level: str) -> None:
+    if not simd.LEVELS[level] <= simd.FEATURES:
+        pytest.skip(f"this processor has no {', '.join(sorted(simd.LEVELS[level] - simd.FEATURES))}")
+    assert in_a_fresh_process(multiplied_elsewhere, PACKFMT_SIMD=level).split() == [level, "6", "6"]
 
 
 @every
