@@ -9,16 +9,18 @@ ones and so on.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
+from numba import types
 
 from packfmt.errors import LayoutError
 from packfmt.kernels import pages, simd, simd_code, threads
 from packfmt.kernels.cache import njit
+from packfmt.kernels.tile_code import Table, array_at, entry
 
 F32 = np.float32
 Array = npt.NDArray[Any]
@@ -28,6 +30,7 @@ Floats = npt.NDArray[np.float32]
 FAR = np.uint8(255)  # a gap that is no outlier
 LANES = 16
 LEAST = 1 << 19  # products of outliers, 0.15 ms, that are worth a thread: helpers of the dense part would stop looking
+AHEAD = 2048  # bytes of columns and of values that are asked for early
 HALF, BRAIN, SINGLE = range(3)
 FLOATS = {"float16": HALF, "bfloat16": BRAIN, "float32": SINGLE}
 
@@ -121,28 +124,24 @@ class Product:
 
     def __init__(self, ends: Ints, columns: Array, values: Array) -> None:
         _check(ends, columns, values)
-        self._kind = FLOATS[values.dtype.name]
-        self._ends, self._columns, self._values = ends, np.ascontiguousarray(columns), np.ascontiguousarray(values)
-        self._sliced = None if simd.INTERPRETED else _sliced(ends, self._columns, self._values)
+        self._stored = ends, columns, values
+        self._slices = 0
+        if not simd.INTERPRETED and len(columns):
+            sliced = _sliced(ends, columns, values)
+            self._slices, self._table = len(sliced[2]), Table(*sliced)
+            self._run = _rows_in_lanes(simd.VERSION, FLOATS[values.dtype.name], columns.dtype.itemsize)
 
     def __call__(self, x: Floats, out: Floats) -> None:
-        if not len(self._columns):
-            return
-        if self._sliced is None:
-            _multiply_plainly(self._ends, self._columns, self._values, x, out)
-        else:
-            self._in_lanes(x, out, *self._sliced)
+        if simd.INTERPRETED:
+            return _multiply_plainly(*self._stored, x, out)
+        if len(self._stored[1]) * len(x) < 2 * LEAST:
+            return self._some(x, out, 0, self._slices)
+        threads.spread(partial(self._some, x, out), self._slices, -(-LEAST * self._slices // self._stored[1].size))
 
-    def _in_lanes(self, x: Floats, out: Floats, *sliced: Array) -> None:
-        rows, counts, begins, columns, values = sliced
-        run = _rows_in_lanes(simd.VERSION, self._kind, columns.dtype.itemsize)
-
-        def some(start: int, stop: int) -> None:
-            room = np.empty(LANES, F32)
-            for n in range(len(x)):
-                run(rows[start:stop], counts[start:stop], begins[start:stop], columns, values, x[n], out[n], room)
-
-        threads.spread(some, len(rows), -(-LEAST * len(rows) // (len(columns) * len(x))))
+    def _some(self, x: Floats, out: Floats, start: int, stop: int) -> None:
+        """Slices start to stop."""
+        if self._slices:
+            self._run(self._table.address, x, out, np.empty(LANES, F32), start, stop)
 
 
 def _check(ends: Ints, columns: Array, values: Array) -> None:
@@ -155,8 +154,8 @@ def _check(ends: Ints, columns: Array, values: Array) -> None:
 def _sliced(ends: Ints, columns: Array, values: Array) -> tuple[Array, Array, Ints, Array, Array]:
     """Sixteen rows side by side, those with most outliers first: little is left empty then.
 
-    rows : (slices, 16) int32, of the weight; those of lanes without a row are the last one's
-    counts : (slices, 16) int32, outliers in each lane
+    rows : (slices * 16,) int32, of the weight; those of lanes without a row are the last one's
+    counts : (slices * 16,) int32, outliers in each lane
     begins : (slices,) int64, the slice's first place
     columns, values : of all places, 16 lanes each; empty ones have column 0
 
@@ -184,7 +183,7 @@ def _sliced(ends: Ints, columns: Array, values: Array) -> tuple[Array, Array, In
     stored[:] = 0
     stored[place] = values
     bits = stored.view(np.uint16 if values.dtype.itemsize == 2 else F32)
-    return rows.reshape(slices, LANES), counts.reshape(slices, LANES), begins[:-1], at, bits
+    return rows, counts, begins[:-1], at, bits
 
 
 def _gather_code(build: ir.IRBuilder, data: Any, index: Any) -> Any:
@@ -216,36 +215,49 @@ _gather = simd_code.make_intrinsic(_gather_typed, "_gather", "float32 at these p
 
 @cache
 def _rows_in_lanes(version, kind, wide):
-    """The loop for one row of activations; what it is made for is part of the key of compiled code."""
+    """The loop over slices; what it is made for is part of the key of compiled code."""
+    at_columns, at_values = np.uint16 if wide == 2 else np.uint32, F32 if kind == SINGLE else np.uint16
 
     @njit(cache=True, nogil=True)
-    def _add(rows, counts, begins, columns, values, x, out, room):
+    def _add(table, x, out, room, start, stop):
         _ = version
-        for s in range(rows.shape[0]):
-            for lane in range(LANES):
-                room[lane] = out[rows[s, lane]]
-            total, many = simd.load_floats16(room, 0), simd.load_ints16(counts, 4 * LANES * s)
-            at = LANES * begins[s]
-            for k in range(counts[s, 0]):
-                if wide == 2:
-                    places = simd.widen_shorts(simd.load_shorts16(columns, 2 * at))
-                else:
-                    places = simd.load_ints16(columns, 4 * at)
-                if kind == HALF:
-                    numbers = simd.half_to_float(simd.load_shorts16(values, 2 * at))
-                elif kind == BRAIN:
-                    numbers = simd.bfloat_to_float(simd.load_shorts16(values, 2 * at))
-                else:
-                    numbers = simd.load_floats16(values, 4 * at)
-                more = simd.addf(total, simd.mulf(numbers, _gather(x, places)))
-                total = simd.select_less(simd.same_int(np.int32(k)), many, more, total)
-                at += LANES
-            simd.store(room, 0, total)
-            for lane in range(LANES):
-                if counts[s, lane]:
-                    out[rows[s, lane]] = room[lane]
+        rows, counts = array_at(table, 0, np.int32), array_at(table, 1, np.int32)
+        begins, columns, values = (
+            array_at(table, 2, np.int64),
+            array_at(table, 3, at_columns),
+            array_at(table, 4, at_values),
+        )
+        for n in range(x.shape[0]):
+            mine = x[n]
+            for s in range(start, stop):
+                first = LANES * s
+                for lane in range(LANES):
+                    room[lane] = out[n, rows[first + lane]]
+                total, many = simd.load_floats16(room, 0), simd.load_ints16(counts, 4 * first)
+                at = LANES * begins[s]
+                for k in range(counts[first]):
+                    simd.prefetch(columns, columns.itemsize * at + AHEAD)
+                    simd.prefetch(values, values.itemsize * at + AHEAD)
+                    if wide == 2:
+                        places = simd.widen_shorts(simd.load_shorts16(columns, 2 * at))
+                    else:
+                        places = simd.load_ints16(columns, 4 * at)
+                    if kind == HALF:
+                        numbers = simd.half_to_float(simd.load_shorts16(values, 2 * at))
+                    elif kind == BRAIN:
+                        numbers = simd.bfloat_to_float(simd.load_shorts16(values, 2 * at))
+                    else:
+                        numbers = simd.load_floats16(values, 4 * at)
+                    more = simd.addf(total, simd.mulf(numbers, _gather(mine, places)))
+                    total = simd.select_less(simd.same_int(np.int32(k)), many, more, total)
+                    at += LANES
+                simd.store(room, 0, total)
+                for lane in range(LANES):
+                    if counts[first + lane]:
+                        out[n, rows[first + lane]] = room[lane]
 
-    return _add
+    matrix, line = types.Array(types.float32, 2, "C"), types.Array(types.float32, 1, "C")
+    return entry(_add, types.int64, matrix, matrix, line, types.int64, types.int64)
 
 
 def _multiply_plainly(ends: Ints, columns: Array, values: Array, x: Floats, out: Floats) -> None:
