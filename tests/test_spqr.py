@@ -275,15 +275,17 @@ def test_both_forms_hold_the_same_outliers() -> None:
     assert merged.refuses(codecs.get("spqr_merged_add").layout)
 
 
-def test_an_outlier_of_plus_zero_in_column_0_is_no_outlier_in_tiles() -> None:
+def test_an_outlier_of_plus_zero_in_column_0_is_written_as_minus_zero_in_tiles() -> None:
     found = Outliers(np.repeat([0, 2], [3, 14]), np.array([0, 5], np.uint32), np.array([0, 3], F16))
     parts = outliers.write(codecs.get("spqr_tiles_add").layout, (16, 16), found)
     dense = of("spqr", heavy(16, 16)).components
     packed = PackedTensor(codecs.get("spqr_tiles_add").layout, (16, 16), {
         **dense, "outlier_rows": parts["outlier_rows"].reshape(-1), "outliers": parts["outliers"],
     })  # fmt: skip
-    with pytest.raises(LayoutError, match="row 2 has an outlier behind a word of zeros"):
-        packed.decode()
+    assert slow_places(packed) == [(2, 0, 0), (2, 5, 3)] and np.signbit(slow_places(packed)[0][2])
+    dense_alone = of("spqr", heavy(16, 16)).decode()
+    dense_alone[2, 5] += F32(3)
+    assert same(packed.decode(), dense_alone)
 
 
 # ---------------------------------------------------------------- what is wrong
