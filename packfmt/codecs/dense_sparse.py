@@ -120,10 +120,10 @@ class Rules(Mapping[str, Encoder]):
         found = BUDGET.fullmatch(name) if isinstance(name, str) else None
         if not found or found[1] not in RULES or (found[2] and not self._choice):
             raise KeyError(name)
-        budget = (float(found[2]), found[3]) if found[2] else USUAL
-        if budget > (100.0, "%"):
+        amount, kind = (float(found[2]), found[3]) if found[2] else USUAL
+        if kind == "%" and amount > 100:
             raise KeyError(name)
-        return Apart(self._base, self._layout, found[1], *budget)
+        return Apart(self._base, self._layout, found[1], amount, kind)
 
     def __iter__(self) -> Iterator[str]:
         return iter(RULES)
