@@ -9,6 +9,7 @@ the tiling's description, byte for byte.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import accumulate, combinations, pairwise
@@ -46,6 +47,10 @@ HELD: Final = 6  # bytes that the way back to HiF4 holds for a weight, beside th
 EIGHT_ONE: Final = np.array([8, 1])  # of (bytes, bits), to bits
 
 
+class Untiled(LayoutError):
+    """A description, such as a file may bring, for whose tiles there is no program."""
+
+
 def retile(layout: Layout, shape: Shape, components: Arrays, batch: int = 1) -> tuple[Layout, Arrays, Tile] | None:
     """The same numbers in a tiling of the layout; None if it has none, or there is no kernel for it.
 
@@ -65,7 +70,8 @@ def retile(layout: Layout, shape: Shape, components: Arrays, batch: int = 1) -> 
     for form in _forms(batch):
         found = tilings.tile(layout, shape, form)
         if found and _has_kernel(found):
-            return found.layout, tiled(layout, shape, components, form), found
+            with suppress(Untiled):
+                return found.layout, tiled(layout, shape, components, form), found
     return None
 
 
@@ -225,7 +231,7 @@ def _planned(layout: Layout, shape: Shape, form: str) -> Plan:
         fields = [stored[part] if part in found else computed(part) for part in wanted]
         if plan := _passes(fields, shape, there, tile):
             return Plan(frozenset(found) | frozenset(SHIFTS if "codes" in found else ()), plan)
-    raise AssertionError(f"{layout.name} {shape}: not even what is computed can be tiled")
+    raise Untiled(f"{layout.name}: no program brings a weight of {shape} into tiles")
 
 
 def _fewer(parts: list[str]) -> Iterator[tuple[str, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import prod
+from typing import Any
 
 import gguf
 import ml_dtypes  # noqa: F401  names bfloat16 for np.dtype
@@ -631,3 +632,24 @@ def test_components_that_are_not_as_described_are_refused(components: Components
 def test_an_out_that_cannot_take_the_weights_is_refused(out: npt.NDArray[np.generic]) -> None:
     with pytest.raises(LayoutError, match="needs a writable C-contiguous float32"):
         fused.decode(codecs.get("tq2_0").layout, (2, 256), {"blocks": np.zeros((2, 66), np.uint8)}, out)
+
+
+@pytest.mark.parametrize("over", [(cols(),), (rows(),), ()])
+def test_numbers_that_weights_share_are_decoded_as_the_general_way_does(over: tuple[Any, ...]) -> None:
+    """A description may say so; there is a number for each row or column then, and not for each weight."""
+    for dtype in ("<f2", "bfloat16", "<f4"):
+        layout = Layout("shared", (Component("values", over, (Values("values", dtype),)),), grid("plain"))
+        (placed,) = layout.fit(6, 32).components
+        stored = {"values": np.arange(prod(placed.shape)).astype(dtype_of(dtype)).reshape(placed.shape)}
+        found = []
+        for way in (fused.decode, grids.decode):
+            try:
+                found.append(way(layout, (6, 32), stored).tobytes())
+            except LayoutError as error:
+                found.append(str(error))
+        assert found[0] == found[1]
+
+
+def test_as_many_numbers_are_converted_as_there_is_room_for() -> None:
+    with pytest.raises(LayoutError, match="64 numbers to convert, needs 32"):
+        floats.convert(np.ones(64, np.float16), np.empty(32, np.float32))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from math import prod
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -266,6 +267,8 @@ def _dense(layout: Layout) -> Decoder | None:
         if not out.size or not _is_as(_described(layout, shape), components):
             return False
         (only,) = layout.fit(*shape).components
+        if layout.fit(*shape).parts.keys() != {"values"} or prod(only.shape) != out.size:
+            return False  # a description from a file may say anything
         plain = np.ascontiguousarray(components[only.name])
         in_order = [(d.axis, d.stride) for d in only.over] == [(a.name, 1) for a in layout.axes]
         numbers = plain if in_order else np.ascontiguousarray(unpack(layout, shape, components)["values"])

@@ -48,7 +48,7 @@ class Scaling(NamedTuple):
             return loop(records, self.stored, self.lies, out, start)
         numbers = self.numbers(start, start + len(records))
         lies = AS_FLOATS if len(numbers) > 1 else AS_FLOATS._replace(share=ALL)
-        return loop(records, bytes_of(numbers, len(numbers)), lies, out)
+        return loop(records, numbers.reshape(len(numbers), -1).view(np.uint8), lies, out)
 
 
 def scales_of(flat: Layout, layout: Layout, planes: int) -> Callable[[tuple[int, int], Arrays], Scaling | None]:
@@ -109,6 +109,8 @@ def scales_of(flat: Layout, layout: Layout, planes: int) -> Callable[[tuple[int,
             ):
                 return None
             stored = bytes_of(unpacked(layout, shape, components, "scale"), part.shape[0])
+        if stored is None:
+            return None
         values = table if combine is None else tables(float(factor))
 
         def few(mine: Bytes) -> Array:

@@ -315,7 +315,7 @@ def _unpacked_source(layout: Layout) -> Source:
     def records(shape: tuple[int, int], components: Arrays) -> Bytes | None:
         codes = unpacked(layout, shape, components, "codes")
         found = bytes_of(codes, shape[0])
-        if fives:
+        if fives or found is None:
             return found if codes.dtype == np.uint16 and codes.ndim == 3 and codes.shape[2] == 5 else None
         return found if codes.itemsize == 1 and found.shape[1] * each == shape[1] else None
 
@@ -331,8 +331,10 @@ def _unpacked_source(layout: Layout) -> Source:
     return Source(records, lru_cache(maxsize=64)(places), cell)
 
 
-def bytes_of(array: npt.NDArray[Any], rows: int) -> Bytes:
-    """The bytes of a component, a row each."""
+def bytes_of(array: npt.NDArray[Any], rows: int) -> Bytes | None:
+    """The bytes of a component, a row each; None if rows have not as many."""
+    if array.nbytes % max(1, rows):
+        return None
     if array.ndim == 2 and len(array) == rows and array.dtype == np.uint8 and array.flags.c_contiguous:
         return array
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(rows, -1)

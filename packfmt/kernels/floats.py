@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from packfmt.errors import LayoutError
 from packfmt.kernels import simd, vectors
 from packfmt.kernels.cache import njit
 from packfmt.kernels.places import LINE
@@ -51,7 +52,14 @@ def convert(source: np.ndarray, target: np.ndarray, through: bool = False) -> No
     source : (n,) float32, float16, or uint16, the bits of bfloat16
     target : (n,) float32, or uint16, the bits of bfloat16, written
     through : whether past the cache, without reading there first
+
+    Raises
+    ------
+    LayoutError
+        If they are not as long.
     """
+    if len(source) != len(target):
+        raise LayoutError(f"{len(source)} numbers to convert, needs {len(target)}")
     end = 0
     if not INTERPRETED:
         end = len(source) // 16 * 16
