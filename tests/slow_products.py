@@ -173,6 +173,13 @@ def stored_numbers(packed: PackedTensor, parts: Parts) -> Floats:
 
 def way(layout: Layout, shape: tuple[int, int]) -> str:
     """The way that a layout's description says."""
+    read = {"codes", "scale", "perm", "columns", "column_values"} | {"affine_zero": {"zero"}}.get(
+        layout.grid.name, set()
+    )
+    read |= set(SHIFTS) if layout.grid.name == "hif4" else set()
+    read |= {"global_scale"} if dict(layout.grid.params).get("global_scale") else set()
+    if layout.fit(*shape).parts.keys() - read:  # other parts than its grid reads
+        return NUMBERS
     every = every_step(layout, shape)
     if every is None or np.abs(every).max(initial=0) > MOST_STEP:
         return NUMBERS

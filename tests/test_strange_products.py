@@ -461,3 +461,19 @@ def test_activations_of_uneven_rows_are_refused_in_our_words() -> None:
     for way in (packed.matmul, packfmt.prepare(packed).matmul):
         with pytest.raises(LayoutError, match="q4_0: activations of list, needs a NumPy array of a float dtype"):
             way([[1.0], [1.0, 2.0]])  # type: ignore[arg-type]
+
+
+def test_a_part_that_no_grid_reads_makes_a_product_one_of_numbers() -> None:
+    """spec/products.md, "Which way": decoding leaves such a part aside."""
+    data = codecs.get("q4_0").layout.to_json()
+    data["components"].append(
+        {"name": "more", "over": [["cols", 1, 0]], "cell": [{"values": "zero", "dtype": "<u4", "digits": []}]}
+    )
+    layout, plain = (
+        Layout.from_json(data),
+        codecs.get("q4_0").encode(np.linspace(-1, 1, 512, dtype=np.float32).reshape(4, 128)),
+    )
+    packed = PackedTensor(layout, (4, 128), {**plain.components, "more": np.arange(128, dtype="<u4")})
+    x = np.linspace(-3, 2, 256, dtype=np.float32).reshape(2, 128)
+    assert slow.way(layout, (4, 128)) == slow.NUMBERS and slow.way(plain.layout, (4, 128)) == slow.WHOLE
+    assert packed.matmul(x).tobytes() == slow.product(packed, x).tobytes() != plain.matmul(x).tobytes()
